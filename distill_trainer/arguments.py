@@ -1,0 +1,383 @@
+"""Settings of a run: three dataclasses that check their values, parsed from one file and command-line flags."""
+
+import math
+import os
+import re
+import tempfile
+from argparse import SUPPRESS
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import TrainingArguments
+from transformers.hf_argparser import string_to_bool
+
+from distill_trainer.errors import ConfigurationError
+from distill_trainer.parsing import SettingsParser
+from distill_trainer.schedules import LOSS_NAMES
+
+
+@dataclass
+class ModelArguments:
+    """Which teacher and which student. The help text of each field is its documentation."""
+
+    teacher_model_name_or_path: str = field(
+        default="huihui-ai/Huihui-MoE-1B-A0.6B",
+        metadata={"help": "Teacher: a causal language model, as a name on the Hub or a folder."},
+    )
+    student_model_name_or_path: str = field(
+        default="HuggingFaceTB/SmolLM-135M",
+        metadata={"help": "Student: a causal language model, as a name on the Hub or a folder."},
+    )
+    teacher_dtype: str = field(
+        default="auto",
+        metadata={"help": "Type of the teacher's weights: float32, float16, bfloat16, or auto (as saved)."},
+    )
+    student_init: str = field(
+        default="pretrained",
+        metadata={"help": "pretrained loads the student's weights; random draws new ones for its configuration."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the Python code that a model's repository brings along."}
+    )
+
+    def __post_init__(self) -> None:
+        _check_choice("teacher_dtype", self.teacher_dtype, ("float32", "float16", "bfloat16", "auto"))
+        _check_choice("student_init", self.student_init, ("pretrained", "random"))
+
+
+@dataclass
+class DataArguments:
+    """Which text. The help text of each field is its documentation."""
+
+    datasets: list[str] = field(
+        default_factory=lambda: ["wikitext"],
+        metadata={
+            "help": "One or more datasets: names on the Hub, or local text, JSONL and Parquet files or folders."
+        },
+    )
+    dataset_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Share of each dataset in the mixture, above 0, one each. None: all documents once."},
+    )
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text of a document."})
+    dataset_subset_size: int | None = field(
+        default=None, metadata={"help": "Use this many documents of the mixture, 1 or above. None: all."}
+    )
+    validation_fraction: float = field(
+        default=0.05,
+        metadata={"help": "Share of the documents that is held out for evaluation, above 0 and below 1."},
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read the datasets while training, without a download."})
+    use_dynamic_batching: bool = field(
+        default=False,
+        metadata={"help": "Batch windows of similar length: train_sampling_strategy=group_by_length."},
+    )
+
+    def __post_init__(self) -> None:
+        if not self.datasets or not all(name.strip() for name in self.datasets):
+            raise ConfigurationError(f"datasets must name at least one dataset, got {self.datasets}.")
+        if self.dataset_weights is not None:
+            if len(self.dataset_weights) != len(self.datasets):
+                raise ConfigurationError(
+                    f"dataset_weights must have one value for each of the {len(self.datasets)} datasets, "
+                    f"got {self.dataset_weights}."
+                )
+            for weight in self.dataset_weights:
+                _check_number("dataset_weights", weight, above=0)
+        if self.dataset_subset_size is not None:
+            _check_number("dataset_subset_size", self.dataset_subset_size, least=1)
+        if not 0 < self.validation_fraction < 1:
+            raise ConfigurationError(
+                f"validation_fraction must be above 0 and below 1, got {self.validation_fraction}."
+            )
+        if self.streaming and self.use_dynamic_batching:
+            raise ConfigurationError(
+                "use_dynamic_batching must be false with streaming, got true. The lengths are not known beforehand."
+            )
+
+
+@dataclass
+class DistillationArguments(TrainingArguments):
+    """Training arguments of `DistillationTrainer`. The help text of each field is its documentation."""
+
+    # Weights of the losses
+    kl_weight: float = field(
+        default=0.70,
+        metadata={"help": "Weight of the KL from the teacher, 0 or above. 0 skips it.", "aliases": ["--alpha_kd"]},
+    )
+    feature_weight: float = field(
+        default=0.10, metadata={"help": "Weight of matching the last hidden states, 0 or above. 0 skips it."}
+    )
+    attention_weight: float = field(
+        default=0.10, metadata={"help": "Weight of matching attention rows, 0 or above. 0 skips it."}
+    )
+    layerwise_weight: float = field(
+        default=0.05, metadata={"help": "Weight of matching the layers of layer_map, 0 or above. 0 skips it."}
+    )
+    contrastive_weight: float = field(
+        default=0.05, metadata={"help": "Weight of the contrastive loss over hidden states, 0 or above. 0 skips it."}
+    )
+    lm_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the next-token loss on the text, 0 or above. None: 1 - the KL weight of the step."
+        },
+    )
+    gap_schedule: bool = field(
+        default=True,
+        metadata={"help": "Scale kl_weight down as the student's measured gap to the teacher closes."},
+    )
+    phase_boundaries: list[float] = field(
+        default_factory=lambda: [0.1, 0.2],
+        metadata={
+            "help": "Shares of the steps, 0 to 1, at which the attention and feature losses join KL and LM, and at "
+            "which all join."
+        },
+    )
+
+    # Logit distillation
+    temperature: float = field(
+        default=4.0, metadata={"help": "Softmax temperature of the KL at the start, above 0. Larger is softer."}
+    )
+    final_temperature: float = field(
+        default=1.0, metadata={"help": "Softmax temperature of the KL at the end, above 0."}
+    )
+    kl_direction: str = field(
+        default="forward",
+        metadata={"help": "forward is KL(teacher || student), reverse KL(student || teacher), js Jensen-Shannon."},
+    )
+    gap_weighting: bool = field(
+        default=True,
+        metadata={"help": "Weigh the anchors of the KL by how far the student is from the teacher there."},
+    )
+
+    # Router over the teacher's experts
+    use_router: bool = field(
+        default=True,
+        metadata={"help": "Mix the experts of a MoE teacher by the student-aware router, not by its gate."},
+    )
+    initial_top_k: int = field(default=1, metadata={"help": "Experts per token at the start, 1 or above."})
+    final_top_k: int = field(
+        default=4, metadata={"help": "Experts per token at the end, 1 or above; at most all experts are used."}
+    )
+    router_temperature: float = field(
+        default=1.0, metadata={"help": "Softmax temperature of the router at the start."}
+    )
+    final_router_temperature: float = field(
+        default=1.0, metadata={"help": "Softmax temperature of the router at the end."}
+    )
+    router_learning_rate: float = field(
+        default=1e-4,
+        metadata={"help": "Learning rate of router and projections, 0 or above.", "aliases": ["--router_lr"]},
+    )
+    router_student_weight: float = field(
+        default=0.1, metadata={"help": "Router objective: weight of KL(student || student-aware teacher), 0 or above."}
+    )
+    router_anchor_weight: float = field(
+        default=0.1, metadata={"help": "Router objective: weight of the KL to the teacher's own gate, 0 or above."}
+    )
+    router_balance_weight: float = field(
+        default=0.01, metadata={"help": "Router objective: weight of the load balancing, 0 or above."}
+    )
+
+    # Layers
+    feature_layers: list[int] | None = field(
+        default=None, metadata={"help": "Teacher layers, from 0, of the feature loss. None: the last."}
+    )
+    attention_layers: list[int] | None = field(
+        default=None, metadata={"help": "Teacher layers, from 0, of the attention loss. None: the last."}
+    )
+    # The parser keeps the default of a `str | list[str]` field only when it comes from a factory.
+    layer_map: str | list[str] = field(
+        default_factory=lambda: "uniform",
+        metadata={"help": "Layers of the layer-wise loss: uniform, or pairs student:teacher from 0, as in 2:5 3:8."},
+    )
+
+    # Run
+    max_length: int = field(default=512, metadata={"help": "Student tokens in a window, 2 or above."})
+    max_nonfinite_steps: int = field(
+        default=3, metadata={"help": "Stop after this many steps in a row with a NaN or infinite loss, 1 or above."}
+    )
+    run_baseline: bool = field(
+        default=False, metadata={"help": "Also train a copy of the student without a teacher, for the report."}
+    )
+    skip_eval: bool = field(default=False, metadata={"help": "Only train: no final evaluation and no report."})
+
+    # LoRA
+    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters of the student, not its weights."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters, 1 or above."})
+    lora_alpha: int = field(
+        default=32, metadata={"help": "The adapters are scaled by lora_alpha / lora_r; 1 or above."}
+    )
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapters, from 0 to below 1."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the layers that get adapters. None: all linear layers but the lm_head."},
+    )
+
+    # Fields of `TrainingArguments` with another default or name
+    per_device_train_batch_size: int = field(
+        default=4, metadata={"help": "Windows per device and micro-batch, 1 or above.", "aliases": ["--batch_size"]}
+    )
+    gradient_accumulation_steps: int = field(
+        default=8, metadata={"help": "Micro-batches per optimizer step, 1 or above."}
+    )
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of the student, 0 or above."})
+    num_train_epochs: float = field(
+        default=3.0, metadata={"help": "Passes over the text, above 0.", "aliases": ["--num_epochs", "--epochs"]}
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Optimizer steps between logs; below 1 a share of all steps."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Log the last finite loss in place of a NaN or infinite one."}
+    )
+    dataloader_num_workers: int = field(
+        default=0,
+        metadata={"help": "Processes that prepare batches, 0 or above. 0: none.", "aliases": ["--num_workers"]},
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay false: the teacher's columns are no inputs of the student."}
+    )
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["labels"], metadata={"help": "Columns of a batch that hold labels."}
+    )
+    report_to: str | list[str] = field(
+        default_factory=lambda: "none",
+        metadata={"help": "Where metrics go: none, all, or names as wandb tensorboard."},
+    )
+    project: str = field(
+        default="huggingface",
+        metadata={"help": "Project of the run in Weights & Biases or Trackio.", "aliases": ["--project_name"]},
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "Checkpoint folder that the run continues from.", "aliases": ["--resume"]}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer_map == ["uniform"]:
+            self.layer_map = "uniform"
+        self._check_weights()
+        self._check_numbers()
+        self._check_layers()
+        _check_choice("kl_direction", self.kl_direction, ("forward", "reverse", "js"))
+        if self.remove_unused_columns:
+            raise ConfigurationError(
+                "remove_unused_columns must be false, got true. The teacher's columns are needed."
+            )
+        if self.fp16 and self.device.type == "cpu":
+            raise ConfigurationError(
+                "fp16 must be false without a GPU, got true. Leave it out, or set bf16 and use_cpu."
+            )
+        assert self.output_dir is not None  # TrainingArguments has set it
+        _check_writable(Path(self.output_dir))
+
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each loss of `LOSS_NAMES` before any schedule; `lm` is `1 - kl_weight` where it is not set."""
+        weights = {name: getattr(self, f"{name}_weight") for name in LOSS_NAMES}
+        return weights if self.lm_weight is not None else {**weights, "lm": 1 - self.kl_weight}
+
+    def has_teacher_losses(self) -> bool:
+        """Whether any loss but `lm` has a weight, so that a teacher is needed."""
+        return any(weight > 0 for name, weight in self.loss_weights().items() if name != "lm")
+
+    def _check_weights(self) -> None:
+        for name in (f"{name}_weight" for name in LOSS_NAMES):
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), least=0)
+        if self.lm_weight is None and self.kl_weight > 1:
+            raise ConfigurationError(
+                f"kl_weight must be at most 1 while lm_weight is 1 - kl_weight, got {self.kl_weight}. Set lm_weight."
+            )
+        if not any(self.loss_weights().values()):
+            names = ", ".join(f"{name}_weight" for name in LOSS_NAMES)
+            raise ConfigurationError(f"{names} must not all be 0, got 0 for each. Nothing would train.")
+
+    def _check_numbers(self) -> None:
+        for name in ("temperature", "final_temperature", "router_temperature", "final_router_temperature"):
+            _check_number(name, getattr(self, name), above=0)
+        for name in ("router_student_weight", "router_anchor_weight", "router_balance_weight"):
+            _check_number(name, getattr(self, name), least=0)
+        for name in ("learning_rate", "router_learning_rate", "dataloader_num_workers"):
+            _check_number(name, getattr(self, name), least=0)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            _check_number(name, getattr(self, name), least=1)
+        for name in ("initial_top_k", "final_top_k", "max_nonfinite_steps", "lora_r", "lora_alpha"):
+            _check_number(name, getattr(self, name), least=1)
+        _check_number("max_length", self.max_length, least=2)
+        _check_number("num_train_epochs", self.num_train_epochs, above=0)
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigurationError(f"lora_dropout must be from 0 to below 1, got {self.lora_dropout}.")
+        bounds = self.phase_boundaries
+        if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] <= 1:
+            raise ConfigurationError(f"phase_boundaries must be two rising values from 0 to 1, got {bounds}.")
+
+    def _check_layers(self) -> None:
+        for name in ("feature_layers", "attention_layers"):
+            layers = getattr(self, name)
+            if layers is not None and (not layers or min(layers) < 0 or len(set(layers)) < len(layers)):
+                raise ConfigurationError(f"{name} must be different layer numbers, 0 or above, got {layers}.")
+        if self.layer_map != "uniform":
+            pairs = self.layer_map if isinstance(self.layer_map, list) else []
+            if not pairs or not all(re.fullmatch(r"\d+:\d+", pair) for pair in pairs):
+                raise ConfigurationError(f"layer_map must be uniform or pairs as 2:5 3:8, got {self.layer_map}.")
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, DistillationArguments]:
+    """The settings of one run; flags win over the file, the file over the defaults.
+
+    Args:
+        argv: `[CONFIG.yaml | CONFIG.json] [--field value ...]`. `--config FILE` may name the file as well, and flags
+            may be written with `-` or `_`. None takes the command line of this process.
+
+    Raises:
+        ConfigurationError: If the file cannot be read, or a name or a value cannot be used; in one line.
+    """
+    parser = SettingsParser([ModelArguments, DataArguments, DistillationArguments])
+    parser.add_argument(
+        "--use_wandb",
+        dest="report_to",
+        nargs="?",
+        const="true",
+        default=SUPPRESS,
+        type=lambda value: "wandb" if string_to_bool(value) else "none",
+        help="Short for --report_to wandb.",
+    )
+    model, text, training = parser.parse_settings(argv)
+    if text.use_dynamic_batching:
+        if training.train_sampling_strategy not in ("random", "group_by_length"):
+            raise ConfigurationError(
+                "train_sampling_strategy must be group_by_length with use_dynamic_batching, "
+                f"got {training.train_sampling_strategy}."
+            )
+        training.train_sampling_strategy = "group_by_length"
+    if training.project != "huggingface":
+        os.environ["WANDB_PROJECT"] = training.project  # the only place where the Trainer's wandb callback looks
+    return model, text, training
+
+
+def _check_number(name: str, value: float, *, least: float | None = None, above: float | None = None) -> None:
+    """Raise unless `value` is finite and at least `least`, or above `above`."""
+    fits = value >= least if least is not None else above is not None and value > above
+    if not fits or not math.isfinite(value):
+        rule = f"{least} or above" if least is not None else f"above {above}"
+        raise ConfigurationError(f"{name} must be {rule}, got {value}.")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigurationError(f"{name} must be one of {', '.join(choices)}, got {value}.")
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise unless a file can be made in `folder` or in its nearest existing parent. Leaves nothing behind."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        # A trial, because the permission bits say nothing to root, on read-only disks and in /proc.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigurationError(
+            f"output_dir must be a folder that can be written, got {folder} ({error.strerror})."
+        ) from error

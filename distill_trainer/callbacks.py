@@ -1,0 +1,105 @@
+"""Callbacks that move `ScheduledValues` along their curves. All depend on step progress alone, so resume needs nothing."""
+
+from collections.abc import Mapping, Sequence
+
+from transformers import TrainerCallback, TrainerState
+
+from distill_trainer.errors import ConfigurationError
+from distill_trainer.schedules import ScheduledValues, linear, phase, phase_weights, stepped, unlocked_fraction
+
+
+class _ScheduleCallback(TrainerCallback):
+    """Calls `update` with the fraction of training that is done, before each optimizer step."""
+
+    def update(self, progress: float) -> None:
+        """Write the values at `progress`, 0 at the first step."""
+        raise NotImplementedError
+
+    def on_train_begin(self, args, state: TrainerState, control, **kwargs):
+        # Also here, so that what runs before the first step, such as an evaluation, sees the values of a resumed run.
+        self.update(state.global_step / state.max_steps)
+
+    def on_step_begin(self, args, state: TrainerState, control, **kwargs):
+        self.update(state.global_step / state.max_steps)
+
+
+class TopKScheduleCallback(_ScheduleCallback):
+    """Step the router's top-k from `start` to `end` over the first part of training, an equal share for each k.
+
+    Args:
+        values: The values that the trainer reads; `top_k` is set in place before each optimizer step.
+        start: Experts per anchor at step 0.
+        end: Experts per anchor from step `warmup_ratio * max_steps` on, and for a share of the steps before it.
+        warmup_ratio: Fraction of `max_steps` that the change takes, above 0 up to 1.
+
+    Raises:
+        ConfigurationError: If `warmup_ratio` is out of range.
+    """
+
+    def __init__(self, values: ScheduledValues, *, start: int, end: int, warmup_ratio: float):
+        self.values, self.start, self.end = values, start, end
+        self.warmup_ratio = _checked_ratio(warmup_ratio)
+
+    def update(self, progress: float) -> None:
+        """Set `top_k`."""
+        self.values.top_k = stepped(self.start, self.end, progress / self.warmup_ratio)
+
+
+class TemperatureScheduleCallback(_ScheduleCallback):
+    """Move a temperature linearly from `start` to `end` over the first part of training.
+
+    Args:
+        values: The values that the trainer reads; set in place before each optimizer step.
+        start: Temperature at step 0.
+        end: Temperature from step `warmup_ratio * max_steps` on.
+        warmup_ratio: Fraction of `max_steps` that the change takes, above 0 up to 1.
+        attribute: Which temperature: `temperature` of the logit distillation, or `router_temperature`.
+
+    Raises:
+        ConfigurationError: If `warmup_ratio` is out of range, or the attribute is no temperature.
+    """
+
+    def __init__(
+        self,
+        values: ScheduledValues,
+        *,
+        start: float,
+        end: float,
+        warmup_ratio: float,
+        attribute: str = "temperature",
+    ):
+        if attribute not in ("temperature", "router_temperature"):
+            raise ConfigurationError(f"attribute must be temperature or router_temperature, got {attribute}.")
+        self.values, self.start, self.end, self.attribute = values, start, end, attribute
+        self.warmup_ratio = _checked_ratio(warmup_ratio)
+
+    def update(self, progress: float) -> None:
+        """Set the temperature."""
+        setattr(self.values, self.attribute, linear(self.start, self.end, progress / self.warmup_ratio))
+
+
+class LossWeightScheduleCallback(_ScheduleCallback):
+    """Switch losses on phase by phase, and unlock the layers of the layer-wise loss in the third.
+
+    Phase 1 trains on KL and LM, phase 2 adds attention and feature, phase 3 all.
+
+    Args:
+        values: The values that the trainer reads; `loss_weights` and `unlocked_fraction` are set before each
+            optimizer step.
+        weights: Weight of each loss of `LOSS_NAMES` once its phase has come.
+        phase_boundaries: Fractions of `max_steps` at which phases 2 and 3 start; `(0, 0)` trains on all from the start.
+    """
+
+    def __init__(self, values: ScheduledValues, *, weights: Mapping[str, float], phase_boundaries: Sequence[float]):
+        self.values, self.weights, self.phase_boundaries = values, weights, phase_boundaries
+
+    def update(self, progress: float) -> None:
+        """Set the loss weights and the unlocked fraction."""
+        self.values.loss_weights = phase_weights(self.weights, phase(progress, self.phase_boundaries))
+        self.values.unlocked_fraction = unlocked_fraction(progress, self.phase_boundaries[1])
+
+
+def _checked_ratio(warmup_ratio: float) -> float:
+    if not 0 < warmup_ratio <= 1:
+        raise ConfigurationError(f"warmup_ratio must be above 0 and up to 1, got {warmup_ratio}.")
+    return warmup_ratio

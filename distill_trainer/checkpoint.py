@@ -1,0 +1,82 @@
+"""A checkpoint: the bare student as a `from_pretrained` folder, and the rest of what trains in one file beside it."""
+
+import copy
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from distill_trainer.errors import CheckpointError
+from distill_trainer.modeling import STUDENT_PREFIX, DistillationModel
+
+MODULES_FILE = "distillation_modules.safetensors"
+STATE_FILE = "trainer_state.json"
+
+
+def save_modules(
+    folder: Path, model: DistillationModel, tokenizer: PreTrainedTokenizerBase, state: dict[str, Tensor] | None = None
+) -> None:
+    """Write the student with its tokenizer, and the router and projections beside it.
+
+    A checkpoint of a PEFT student keeps the adapters; any other folder gets the merged student, which loads without
+    peft.
+
+    Args:
+        folder: Made if it does not exist.
+        model: What trains.
+        tokenizer: The student's.
+        state: The whole state of `model`, gathered by the caller where it is sharded. None reads it from `model`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict() if state is None else state
+    student, weights = model.student, _student_part(state)
+    if hasattr(student, "peft_config") and not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+        student, weights = copy.deepcopy(student).merge_and_unload(), None
+    student.save_pretrained(folder, state_dict=weights)
+    extras = {name: value.contiguous().cpu() for name, value in state.items() if not name.startswith(STUDENT_PREFIX)}
+    save_file(extras, folder / MODULES_FILE, metadata={"format": "pt"})
+    tokenizer.save_pretrained(folder)
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raise a `CheckpointError` unless the folder was written as a checkpoint of this trainer."""
+    missing = [name for name in (MODULES_FILE, STATE_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} is no checkpoint of this trainer: {' and '.join(missing)} missing. "
+            f"Give a folder such as OUTPUT_DIR/{PREFIX_CHECKPOINT_DIR}-100."
+        )
+
+
+def load_modules(folder: Path, model: DistillationModel) -> None:
+    """Load what `save_modules` wrote into a checkpoint folder, in place.
+
+    Raises:
+        CheckpointError: If files are missing, damaged, or of a run with other models or losses.
+    """
+    check_checkpoint(folder)
+    try:
+        extras = load_file(folder / MODULES_FILE)
+        expected = model.extra_state_dict()
+        if {n: v.shape for n, v in extras.items()} != {n: v.shape for n, v in expected.items()}:
+            raise CheckpointError(
+                f"{folder} was written by a run with another teacher, student or set of losses. Resume it with the "
+                "settings that it was started with."
+            )
+        if hasattr(model.student, "peft_config"):
+            model.student.load_adapter(str(folder), model.student.active_adapter, is_trainable=True)
+        else:
+            source = AutoModelForCausalLM.from_pretrained(folder, dtype=model.causal_lm.dtype)
+            model.causal_lm.load_state_dict(source.state_dict())
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"The checkpoint {folder} cannot be loaded: {reason}") from error
+    model.load_state_dict(extras, strict=False)
+
+
+def _student_part(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(STUDENT_PREFIX): v for n, v in state.items() if n.startswith(STUDENT_PREFIX)}

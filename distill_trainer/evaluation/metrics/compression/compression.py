@@ -1,0 +1,52 @@
+"""How much smaller and faster the student is than its teacher."""
+
+import datasets
+import evaluate
+
+_DESCRIPTION = """Ratios of cost between a teacher and a student.
+
+parameter_ratio = teacher parameters / student parameters
+size_reduction  = 1 - student size / teacher size
+speedup         = student bytes per second / teacher bytes per second
+
+Speed is compared per byte of text, since the two tokenizers cut the same text into different numbers of tokens."""
+
+_INPUTS = """
+Args:
+    predictions (list of one dict): the student's "parameters", "size_mb" and "bytes_per_second".
+    references (list of one dict): the same keys of the teacher.
+Returns:
+    parameter_ratio (float), size_reduction (float, 0 to 1), speedup (float, None where a speed is missing)
+"""
+
+
+def compression(student: dict, teacher: dict) -> dict[str, float | None]:
+    """Parameter ratio, size reduction and speed-up of `student` over `teacher`, see the module's description."""
+    speeds = student.get("bytes_per_second"), teacher.get("bytes_per_second")
+    return {
+        "parameter_ratio": teacher["parameters"] / student["parameters"],
+        "size_reduction": 1 - student["size_mb"] / teacher["size_mb"],
+        "speedup": speeds[0] / speeds[1] if all(speeds) else None,
+    }
+
+
+class Compression(evaluate.Metric):
+    """`compression` of one student against one teacher."""
+
+    def _info(self):
+        model = {
+            "parameters": datasets.Value("int64"),
+            "size_mb": datasets.Value("float64"),
+            "bytes_per_second": datasets.Value("float64"),
+        }
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": model, "references": model}),
+        )
+
+    def _compute(self, predictions, references):
+        if len(predictions) != 1:
+            raise ValueError(f"predictions must be one model, got {len(predictions)}. Compute one pair at a time.")
+        return compression(predictions[0], references[0])

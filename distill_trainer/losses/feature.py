@@ -1,0 +1,56 @@
+"""Distance between hidden states at anchors, blind to their scale."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill_trainer.losses.reduction import select_pairs, token_mean
+
+RMS_EPS = 1e-6
+
+
+def feature_distance(student_features: Tensor, teacher_features: Tensor) -> Tensor:
+    r"""(1 - cosine) + mean squared error of two RMS-normalised vectors, per row.
+
+    Vectors of RMS 1 have mean((a - b) ** 2) = 2 (1 - cosine), so the sum is 3/2 of the squared error. It is computed
+    in that form, because it is exactly 0 for equal vectors, which 1 - cosine is not in float32.
+
+    The distance lies between 0 and 6, whatever the scale of either side. A channel that is massive in the residual
+    stream (https://huggingface.co/papers/2402.17762) cannot blow it up, but leaves the other channels little weight:
+    prefer states behind a norm of the model, which tames such channels.
+
+    Args:
+        student_features: Float32, `(num_rows, hidden_size)`.
+        teacher_features: Same shape.
+
+    Returns:
+        `(num_rows,)`.
+    """
+    student, teacher = (F.rms_norm(x, x.shape[-1:], eps=RMS_EPS) for x in (student_features, teacher_features))
+    return 1.5 * (student - teacher).square().mean(dim=-1)
+
+
+def feature_loss(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    mask: Tensor,
+    *,
+    num_items_in_batch: Tensor | int | float | None = None,
+) -> Tensor:
+    """Mean `feature_distance` between the states of student and teacher at anchors.
+
+    Matching hidden states through a projection follows FitNets (https://huggingface.co/papers/1412.6550).
+
+    Args:
+        student_features: `(..., hidden_size)`, projected to the teacher's width by the caller.
+        teacher_features: Same shape. Receives no gradient.
+        mask: True where an anchor counts, bool, `(...)`. Other positions may hold anything.
+        num_items_in_batch: See `token_mean`.
+
+    Returns:
+        Scalar float32 between 0 and 6 (without `num_items_in_batch`).
+
+    Raises:
+        ConfigurationError: If the features differ in shape.
+    """
+    student, teacher = select_pairs(student_features, teacher_features, mask)
+    return token_mean(feature_distance(student, teacher), num_items_in_batch)

@@ -1,0 +1,95 @@
+"""Which figures the report lists beside its headline, under which names: shared by Markdown and HTML."""
+
+from typing import Any
+
+from distill_trainer.report.wording import ROLES, bits, model_rows, number, percent, perplexity, short
+
+FOOTNOTE = (
+    "Every model is scored on the same bytes of held-out text. Bits per byte (lower is better) and word perplexity compare "
+    "models with different tokenizers; token perplexity does not. Speed is the forward pass, all models in the same dtype."
+)
+
+
+def sections(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The report's lists of single figures, as (title, [(name, value)]), without the empty ones."""
+    compression, retention = report.get("compression") or {}, report.get("retention") or {}
+    router, attention = report.get("router") or {}, report.get("attention") or {}
+    saved = compression.get("size_reduction")
+    found = [
+        (
+            "Compression",
+            [
+                ("teacher parameters per student parameter", number(compression.get("parameter_ratio"), 2)),
+                ("size saved", percent(saved)),
+                ("speed-up, per byte of text", number(compression.get("speedup"), 2, "×")),
+            ],
+        ),
+        (
+            "Retention",
+            [
+                ("gap to the teacher closed", percent(retention.get("gap_closed"), 1)),
+                ("the same without a teacher", percent(retention.get("gap_closed_baseline"), 1)),
+                ("KL(teacher || student), nats", number(retention.get("kl_divergence"), 4)),
+                ("same first token", percent(retention.get("top1_agreement"), 1)),
+                ("shared top-5 tokens", percent(retention.get("top5_overlap"), 1)),
+                ("attention similarity, last layers", number(attention.get("similarity"), 3)),
+            ],
+        ),
+        (
+            "Router",
+            [
+                ("experts per anchor (top-k)", number(router.get("top_k"))),
+                ("other first expert than the gate", percent(router.get("changed_fraction"), 1)),
+                ("entropy, nats", number(router.get("entropy"), 3)),
+                ("estimated capacity, mean", number(router.get("capacity"), 3)),
+                ("knowledge gap, nats, mean", number(router.get("gap"), 3)),
+                ("student-aware teacher, bits per byte", number(bits(report, "student_aware_teacher"), 4)),
+            ],
+        ),
+        ("Data", _data_rows(report.get("data") or {})),
+        ("Environment", _environment_rows(report.get("environment") or {})),
+    ]
+    # A row without a figure says nothing; a section without rows is left out.
+    kept = [(title, [(name, value) for name, value in rows if value != "-"]) for title, rows in found]
+    return [(title, rows) for title, rows in kept if rows]
+
+
+def _data_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
+    names = {
+        "train_documents": "training documents",
+        "train_bytes": "training bytes",
+        "eval_documents": "held-out documents",
+        "eval_bytes": "held-out bytes",
+        "scored_bytes": "held-out bytes scored",
+    }
+    rows = [(label, number(data.get(key))) for key, label in names.items()]
+    rows.append(("student tokens that are anchors", percent(data.get("anchor_fraction"), 1)))
+    dropped = data.get("dropped") or {}
+    return rows + [(f"dropped: {reason.replace('_', ' ')}", number(count)) for reason, count in dropped.items()]
+
+
+def _environment_rows(environment: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for key, value in environment.items():
+        if key == "versions":
+            rows.append((key, ", ".join(f"{name} {found}" for name, found in (value or {}).items() if found)))
+        elif key.endswith("seconds"):
+            rows.append((key.replace("_", " "), number(value, 1)))
+        elif key != "command" and value is not None:
+            rows.append((key.replace("_", " "), str(value)))
+    return rows
+
+
+def token_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Name, token perplexity, tokens per second and memory of every scored model."""
+    return [
+        (
+            ROLES[role],
+            str(figures["name"]),
+            perplexity(figures.get("token_perplexity")),
+            short(figures.get("tokens_per_second")),
+            number(figures.get("peak_memory_mb"), 0, " MB"),
+        )
+        for role, figures in model_rows(report)
+        if "name" in figures
+    ]

@@ -1,0 +1,238 @@
+"""Reading a causal language model from inside: residual streams, attention inputs and the head, on chosen layers only."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from distill_trainer.errors import ConfigurationError, UnsupportedModelError
+
+ATTENTION_WITH_TAP = "sdpa_with_tap"
+# Pairs of layers that a uniform map gives the layer-wise loss.
+LAYERWISE_PAIRS = 4
+NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "ln_f")
+
+
+@dataclass
+class AttentionInputs:
+    """What one attention layer compared: queries and keys after their position embedding.
+
+    Attributes:
+        query: `(batch_size, num_heads, sequence_length, head_dim)`.
+        key: `(batch_size, num_key_value_heads, sequence_length, head_dim)`.
+        scaling: Factor of the dot product.
+    """
+
+    query: Tensor
+    key: Tensor
+    scaling: float
+
+
+@dataclass
+class TrunkOutput:
+    """What a model without its head computed.
+
+    Attributes:
+        last_hidden_state: Input of the head, `(batch_size, sequence_length, hidden_size)`.
+        layers: Residual stream after each tapped layer, same shape, by layer index.
+        attentions: Queries and keys of each tapped attention, by layer index.
+    """
+
+    last_hidden_state: Tensor
+    layers: dict[int, Tensor] = field(default_factory=dict)
+    attentions: dict[int, AttentionInputs] = field(default_factory=dict)
+
+
+def _sdpa_with_tap(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
+    """Scaled dot product attention that also hands its queries and keys to the module's `attention_tap`, if it has one."""
+    tap = getattr(module, "attention_tap", None)
+    if tap is not None:
+        scaling = kwargs.get("scaling")
+        tap(AttentionInputs(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling))
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(ATTENTION_WITH_TAP, _sdpa_with_tap)
+AttentionMaskInterface.register(ATTENTION_WITH_TAP, sdpa_mask)
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's transformer layers, from the bottom up.
+
+    Raises:
+        UnsupportedModelError: If no list of `config.num_hidden_layers` modules exists.
+    """
+    count = model.config.num_hidden_layers
+    lists = [
+        module for module in model.base_model.modules() if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if not lists:
+        raise UnsupportedModelError(f"The layers of {type(model).__name__} cannot be found.")
+    return lists[0]
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The normalisation between the last layer and the head.
+
+    Raises:
+        UnsupportedModelError: If it goes by an unknown name.
+    """
+    for name in NORM_NAMES:
+        if hasattr(model.base_model, name):
+            return getattr(model.base_model, name)
+    raise UnsupportedModelError(f"The final normalisation of {type(model).__name__} cannot be found.")
+
+
+def attention_module(layer: nn.Module) -> nn.Module:
+    """The self-attention of a transformer layer.
+
+    Raises:
+        UnsupportedModelError: If the layer has none that follows the attention interface of transformers.
+    """
+    for module in layer.modules():
+        if type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx"):
+            return module
+    raise UnsupportedModelError(
+        f"The attention of {type(layer).__name__} does not follow the attention interface of transformers. "
+        "Set attention_weight to 0."
+    )
+
+
+def lm_logits(model: PreTrainedModel, hidden_states: Tensor) -> Tensor:
+    """The head's logits at any positions, `(..., hidden_size)` -> `(..., vocab_size)`, in the model's own scale."""
+    logits = model.get_output_embeddings()(hidden_states)
+    logits = logits * (getattr(model.config, "logit_scale", None) or 1.0)
+    logits = logits / (getattr(model.config, "logits_scaling", None) or 1.0)
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def run_trunk(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    layers: tuple[int, ...] = (),
+    attention_layers: tuple[int, ...] = (),
+) -> TrunkOutput:
+    """Run a model without its head and keep what the chosen layers computed.
+
+    Args:
+        model: A causal language model.
+        input_ids: `(batch_size, sequence_length)`, padded on either side.
+        attention_mask: 1 at real tokens, same shape.
+        layers: Layers whose residual stream is kept.
+        attention_layers: Layers whose queries and keys are kept.
+    """
+    with _tapped(model, layers, attention_layers) as output:
+        positions = {}
+        if not bool(attention_mask[:, 0].all()):
+            # Left padding: count positions from the first real token, as at inference.
+            positions["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        output.last_hidden_state = model.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
+        ).last_hidden_state
+    return output
+
+
+@contextmanager
+def _tapped(model: PreTrainedModel, layers: tuple[int, ...], attention_layers: tuple[int, ...]) -> Iterator[TrunkOutput]:
+    output = TrunkOutput(last_hidden_state=torch.empty(0))
+    modules = decoder_layers(model) if layers or attention_layers else []
+
+    def keep_residual(index):
+        def hook(module, inputs, result):
+            output.layers[index] = result[0] if isinstance(result, tuple) else result
+
+        return hook
+
+    hooks = [modules[index].register_forward_hook(keep_residual(index)) for index in layers]
+    implementation = model.config._attn_implementation
+    flagged = [attention_module(modules[index]) for index in attention_layers]
+    for index, module in zip(attention_layers, flagged, strict=True):
+        module.attention_tap = lambda inputs, index=index: output.attentions.__setitem__(index, inputs)
+    if flagged:
+        model.config._attn_implementation = ATTENTION_WITH_TAP
+    try:
+        yield output
+    finally:
+        model.config._attn_implementation = implementation
+        for module in flagged:
+            del module.attention_tap
+        for hook in hooks:
+            hook.remove()
+
+
+def uniform_layer_map(num_student_layers: int, num_teacher_layers: int) -> list[int]:
+    """For every student layer the teacher layer at the same relative depth; the last maps to the last."""
+    return [
+        max(round((layer + 1) * num_teacher_layers / num_student_layers) - 1, 0) for layer in range(num_student_layers)
+    ]
+
+
+@dataclass(frozen=True)
+class LayerPairs:
+    """Which student layers are compared with which teacher layers, as `(student, teacher)` indices from the bottom up."""
+
+    feature: tuple[tuple[int, int], ...] = ()
+    layerwise: tuple[tuple[int, int], ...] = ()
+    attention: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def plan(
+        cls,
+        num_student_layers: int,
+        num_teacher_layers: int,
+        *,
+        layer_map: str | list[str],
+        feature_layers: list[int] | None,
+        attention_layers: list[int] | None,
+    ) -> "LayerPairs":
+        """Pairs from the user's choice of teacher layers.
+
+        Args:
+            num_student_layers: Layers of the student.
+            num_teacher_layers: Layers of the teacher.
+            layer_map: `uniform` pairs layers of the same relative depth, or a list of `student:teacher` indices.
+                The layer-wise loss uses the whole list, or `LAYERWISE_PAIRS` evenly spaced pairs.
+            feature_layers: Teacher layers of the feature loss. None is the last.
+            attention_layers: Teacher layers of the attention loss. None is the last.
+
+        Raises:
+            ConfigurationError: If a layer does not exist.
+        """
+        if layer_map == "uniform":
+            mapped = list(enumerate(uniform_layer_map(num_student_layers, num_teacher_layers)))
+            count = min(LAYERWISE_PAIRS, num_student_layers)
+            layerwise = [mapped[(i + 1) * num_student_layers // count - 1] for i in range(count)]
+        else:
+            mapped = layerwise = sorted(tuple(int(index) for index in pair.split(":")) for pair in layer_map)
+
+        def checked(name: str, pairs: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+            for student, teacher in pairs:
+                if not (0 <= student < num_student_layers and 0 <= teacher < num_teacher_layers):
+                    raise ConfigurationError(
+                        f"{name} must name layers below {num_student_layers} of the student and below "
+                        f"{num_teacher_layers} of the teacher, got {student}:{teacher}."
+                    )
+            return tuple(pairs)
+
+        def nearest(layers: list[int] | None) -> list[tuple[int, int]]:
+            chosen = [num_teacher_layers - 1] if layers is None else sorted(layers)
+            # The highest student layer among those mapped to the nearest teacher layer.
+            return [(min(reversed(mapped), key=lambda pair: abs(pair[1] - layer))[0], layer) for layer in chosen]
+
+        return cls(
+            feature=checked("feature_layers", nearest(feature_layers)),
+            layerwise=checked("layer_map", layerwise),
+            attention=checked("attention_layers", nearest(attention_layers)),
+        )
+
+    def used_by(self, weights: dict[str, float]) -> "LayerPairs":
+        """The pairs of the losses whose weight is above 0."""
+        return LayerPairs(**{f.name: getattr(self, f.name) if weights[f.name] > 0 else () for f in fields(self)})

@@ -1,0 +1,383 @@
+"""`DistillationTrainer`: a Hugging Face `Trainer` whose loss teaches a student from a Mixture-of-Experts teacher."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.utils import logging
+
+from distill_trainer.alignment import VocabularyProjection
+from distill_trainer.arguments import DistillationArguments
+from distill_trainer.callbacks import (
+    LossWeightScheduleCallback,
+    TemperatureScheduleCallback,
+    TopKScheduleCallback,
+)
+from distill_trainer.data import DistillationCollator, prepare_dataset
+from distill_trainer.checkpoint import load_modules, save_modules
+from distill_trainer.errors import ConfigurationError, NonFiniteLossError
+from distill_trainer.loading import resolve, with_adapters
+from distill_trainer.modeling import STUDENT_PREFIX, DistillationModel
+from distill_trainer.moe import gate_rows
+from distill_trainer.router import router_objective
+from distill_trainer.schedules import ScheduledValues, effective_logit_weights
+from distill_trainer.step_record import StepRecord
+from distill_trainer.taps import LayerPairs
+from distill_trainer.teacher import IGNORE_INDEX, Anchors, Teacher
+
+logger = logging.get_logger(__name__)
+
+# Share of the training steps after which top-k and temperatures have reached their final values.
+SCHEDULE_RATIO = 0.5
+
+
+class DistillationTrainer(Trainer):
+    """Train a student on text while a frozen teacher of any tokenizer teaches it.
+
+    Args:
+        model: The student, a model or a name or path. Trained in place; `trainer.student` is it.
+        teacher_model: The teacher, likewise. None trains on the text alone, for which only `lm_weight` may be above 0.
+        args: All settings.
+        train_dataset: Documents with a `text` column, or the columns of `prepare_dataset`.
+        eval_dataset: Likewise; scored in bits per byte.
+        processing_class: The student's tokenizer. None loads it from the student's name.
+        teacher_processing_class: The teacher's tokenizer. None loads it from the teacher's name.
+        **kwargs: Passed to `Trainer`, such as `callbacks`.
+
+    Raises:
+        ConfigurationError: If a setting does not fit the models.
+        UnsupportedModelError: If a model cannot be loaded or read.
+        TokenizerError: If the tokenizers cannot be aligned.
+    """
+
+    # compute_loss divides by the items of the whole batch itself, so training_step must not divide again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        teacher_model: PreTrainedModel | str | None,
+        args: DistillationArguments,
+        *,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs,
+    ):
+        if args.n_gpu > 1:
+            raise ConfigurationError("One process cannot drive several GPUs. Start with `accelerate launch`.")
+        student, processing_class = resolve(model, processing_class, "processing_class")
+        if teacher_model is None:
+            # Text alone: the windows are still cut by a teacher's tokenizer, if one is given.
+            teacher_processing_class = teacher_processing_class or processing_class
+        else:
+            teacher_model, teacher_processing_class = resolve(
+                teacher_model, teacher_processing_class, "teacher_processing_class"
+            )
+        self.values = ScheduledValues(
+            temperature=args.temperature, router_temperature=args.router_temperature, top_k=args.initial_top_k
+        )
+        self.student_tokenizer, self.teacher_tokenizer = processing_class, teacher_processing_class
+        self.data_statistics: dict[str, dict] = {}
+        self.teacher = None
+        if args.has_teacher_losses():
+            if teacher_model is None:
+                raise ConfigurationError("teacher_model must be given unless lm_weight is the only weight above 0.")
+            self.teacher = self._build_teacher(teacher_model, student, args)
+        train_dataset = self._prepared(train_dataset, "train", args)
+        eval_dataset = self._prepared(eval_dataset, "eval", args)
+        super().__init__(
+            model=self._build_model(student, args),
+            args=args,
+            data_collator=DistillationCollator(processing_class, teacher_processing_class),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=_bits_per_byte_metrics,
+            **kwargs,
+        )
+        self.record = StepRecord(self.accelerator)
+        self._add_schedules()
+
+    @property
+    def distillation_model(self) -> DistillationModel:
+        """All that trains, without a distributed wrapper."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def student(self) -> nn.Module:
+        """The bare student; a `PeftModel` with `use_peft`."""
+        return self.distillation_model.student
+
+    # Setting up
+
+    def _build_teacher(self, model: PreTrainedModel, student: PreTrainedModel, args: DistillationArguments) -> Teacher:
+        projection = VocabularyProjection.from_tokenizers(
+            self.teacher_tokenizer,
+            self.student_tokenizer,
+            model.get_output_embeddings().weight.shape[0],
+            student.get_output_embeddings().weight.shape[0],
+        )
+        teacher = Teacher(model.to(args.device), projection.to(args.device), use_router=args.use_router)
+        teacher.verify()
+        limit = teacher.num_experts
+        if limit and max(args.initial_top_k, args.final_top_k) > limit:
+            logger.warning(f"top_k is cut to {limit}, the number of the teacher's experts.")
+        return teacher
+
+    def _build_model(self, student: PreTrainedModel, args: DistillationArguments) -> DistillationModel:
+        pairs, rows, width = LayerPairs(), None, 0
+        if self.teacher is not None:
+            pairs = LayerPairs.plan(
+                student.config.num_hidden_layers,
+                self.teacher.model.config.num_hidden_layers,
+                layer_map=args.layer_map,
+                feature_layers=args.feature_layers,
+                attention_layers=args.attention_layers,
+            ).used_by(args.loss_weights())
+            rows = gate_rows(self.teacher.block) if self.teacher.num_experts else None
+            width = self.teacher.model.config.hidden_size
+        if args.use_peft:
+            student = with_adapters(
+                student,
+                r=args.lora_r,
+                alpha=args.lora_alpha,
+                dropout=args.lora_dropout,
+                target_modules=args.lora_target_modules,
+            )
+        return DistillationModel(
+            student,
+            gate_rows=rows,
+            teacher_hidden_size=width,
+            pairs=pairs,
+            contrastive=args.contrastive_weight > 0,
+            kl_direction=args.kl_direction,
+            gap_weighting=args.gap_weighting,
+        )
+
+    def _prepared(self, dataset, name: str, args: DistillationArguments):
+        """The dataset with token and anchor columns, made from its text if it has only that."""
+        if dataset is None or "input_ids" in (dataset.column_names or next(iter(dataset))):
+            return dataset
+        dataset, self.data_statistics[name] = prepare_dataset(
+            dataset,
+            self.student_tokenizer,
+            self.teacher_tokenizer,
+            max_length=args.max_length,
+            num_proc=args.dataloader_num_workers or None,
+        )
+        return dataset
+
+    def _add_schedules(self) -> None:
+        args, values = self.args, self.values
+        limit = (self.teacher.num_experts if self.teacher else 0) or max(args.initial_top_k, args.final_top_k)
+        weights = args.loss_weights()
+        for callback in (
+            TopKScheduleCallback(
+                values,
+                start=min(args.initial_top_k, limit),
+                end=min(args.final_top_k, limit),
+                warmup_ratio=SCHEDULE_RATIO,
+            ),
+            TemperatureScheduleCallback(
+                values, start=args.temperature, end=args.final_temperature, warmup_ratio=SCHEDULE_RATIO
+            ),
+            TemperatureScheduleCallback(
+                values,
+                start=args.router_temperature,
+                end=args.final_router_temperature,
+                warmup_ratio=SCHEDULE_RATIO,
+                attribute="router_temperature",
+            ),
+            LossWeightScheduleCallback(values, weights=weights, phase_boundaries=args.phase_boundaries),
+            _StepCallback(self),
+        ):
+            self.add_callback(callback)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW (or `optim`) with a learning rate for the student and one for the rest; no decay on norms and biases."""
+        if self.optimizer is None:
+            optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            parameters = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
+            groups = []
+            for is_student, learning_rate in (
+                (True, self.args.learning_rate),
+                (False, self.args.router_learning_rate),
+            ):
+                for decays in (True, False):
+                    chosen = [
+                        p for n, p in parameters if (STUDENT_PREFIX in n) is is_student and (p.ndim > 1) is decays
+                    ]
+                    if chosen:
+                        decay = self.args.weight_decay if decays else 0.0
+                        groups.append({"params": chosen, "lr": learning_rate, "weight_decay": decay})
+            self.optimizer = optimizer_cls(groups, **kwargs)
+        return self.optimizer
+
+    # Training
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Weighted sum of the losses of one micro-batch, a share of the mean over the accumulated batch."""
+        weights = self.effective_weights()
+        losses = frozenset(name for name, weight in weights.items() if weight > 0)
+        teacher_output = None
+        if self.teacher is not None:
+            # Under no_grad: what the text looks like to the teacher with its own gate.
+            tapped = self.distillation_model.tapped_layers(losses, side=1)
+            teacher_output = self.teacher(inputs, Anchors.of(inputs), **tapped)
+        # The student reads the text, the router mixes the teacher's experts for it, and the losses compare the two.
+        outputs = model(
+            **inputs,
+            losses=losses,
+            teacher=self.teacher,
+            teacher_output=teacher_output,
+            values=self.values,
+            num_items_in_batch=self._per_process(num_items_in_batch),
+        )
+        loss = sum(weights[name] * value for name, value in outputs["losses"].items())
+        if outputs["router"]:
+            outputs["losses"]["router"] = router_objective(
+                outputs["router"],
+                student_weight=self.args.router_student_weight,
+                anchor_weight=self.args.router_anchor_weight,
+                balance_weight=self.args.router_balance_weight,
+            )
+            loss = loss + outputs["losses"]["router"]
+        if self.is_in_train:
+            self.record.add(outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def effective_weights(self) -> dict[str, float]:
+        """Weight of each loss now: of the current phase, with KL and LM balanced by the knowledge gap."""
+        weights = dict(self.values.loss_weights or self.args.loss_weights())
+        gap_ratio = self.distillation_model.gap.ratio() if self.args.gap_schedule else 1.0
+        weights["kl"], weights["lm"] = effective_logit_weights(weights["kl"], self.args.lm_weight, gap_ratio)
+        return weights
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimizer step; each is told how many anchors all of them have together."""
+        batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.teacher is not None and batch_samples:
+            count = sum(len(Anchors.of(batch)) for batch in batch_samples)
+            total = self.accelerator.reduce(torch.tensor(float(count), device=device), "sum").clamp(min=1)
+            for batch in batch_samples:
+                batch["num_anchors_in_batch"] = self._per_process(total)
+        return batch_samples, num_items_in_batch
+
+    def _per_process(self, count: Tensor | int | None) -> Tensor | float | None:
+        """A count over all ranks as each rank divides by it, because DDP averages gradients over ranks."""
+        return None if count is None else count / self.accelerator.num_processes
+
+    # Watching
+
+    def before_optimizer_step(self) -> None:
+        """Leave out a step whose loss is not finite, and stop after `max_nonfinite_steps` of them in a row."""
+        broken = self.record.nonfinite_losses()
+        self.record.nonfinite_steps = self.record.nonfinite_steps + 1 if broken else 0
+        if not broken:
+            return
+        what = f"The loss {' and '.join(broken)} is not finite at step {self.state.global_step + 1}"
+        if self.record.nonfinite_steps >= self.args.max_nonfinite_steps:
+            raise NonFiniteLossError(
+                f"{what}, time {self.record.nonfinite_steps} in a row (max_nonfinite_steps). "
+                "Lower the learning rate, use bf16 or fp32, or look at the data of this step."
+            )
+        logger.warning(f"{what}; the step is left out.")
+        if self.accelerator.scaler is None:
+            self.optimizer.zero_grad()
+
+    def after_optimizer_step(self) -> None:
+        """Take the step's knowledge gap into its running average."""
+        difference = self.record.mean_gap_difference()
+        if difference is not None:
+            self.distillation_model.gap.update(difference)
+        self.record.end_step()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Report the Trainer's values with the means of ours since the last report and the scheduled values."""
+        if "loss" in logs:
+            logs = logs | {f"distill/{name}": value for name, value in self.record.means().items()}
+            logs |= {f"distill/weight_{name}": weight for name, weight in self.effective_weights().items()}
+            if self.teacher is not None:
+                logs["distill/temperature"] = self.values.temperature
+                logs["distill/gap_ratio"] = self.distillation_model.gap.ratio()
+            if self.teacher is not None and self.teacher.num_experts:
+                logs["distill/top_k"] = self.values.top_k
+                logs["distill/router_temperature"] = self.values.router_temperature
+        super().log(logs, start_time)
+
+    # Evaluation
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss of the student alone on each window between its first and last anchor; independent of all schedules.
+
+        Returns:
+            None, `(batch_size, 3)` with nats, tokens and bytes of each window, and a filler for the labels.
+        """
+        inputs = self._prepare_inputs(inputs)
+        positions, present = inputs["student_positions"], inputs["anchor_mask"]
+        index = torch.arange(inputs["labels"].shape[1], device=positions.device)
+        last = positions.masked_fill(~present, -1).max(dim=1, keepdim=True).values
+        scored = (index > positions[:, :1]) & (index <= last)
+        labels = inputs["labels"].masked_fill(~scored, IGNORE_INDEX)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            nats = model(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels, per_row=True
+            )["losses"]["lm"]
+        tokens = (labels != IGNORE_INDEX).sum(dim=1)
+        rows = torch.stack([nats.double(), tokens.double(), inputs["scored_bytes"].double()], dim=1)
+        return None, rows, torch.zeros(len(rows), device=rows.device)
+
+    # Saving and loading
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            save_modules(folder, self.distillation_model, self.processing_class, state_dict)
+            torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_modules(Path(resume_from_checkpoint), self.accelerator.unwrap_model(model or self.model))
+
+    def _load_best_model(self) -> None:
+        load_modules(Path(self.state.best_model_checkpoint), self.distillation_model)
+
+    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any):
+        """Upload the bare student, its tokenizer, card and report, and nothing else, to `hub_model_id`."""
+        from huggingface_hub import upload_folder
+
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=kwargs.get("token"))
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        return upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=self.args.output_dir,
+            commit_message=commit_message,
+            token=kwargs.get("token") or self.args.hub_token,
+            ignore_patterns=[],
+        )
+
+
+class _StepCallback(TrainerCallback):
+    """Tells the trainer when an optimizer step is about to happen and when it is over."""
+
+    def __init__(self, trainer: DistillationTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.before_optimizer_step()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.after_optimizer_step()
+
+
+def _bits_per_byte_metrics(predictions) -> dict[str, float]:
+    """Loss (nats per token) and bits per byte of all windows together, from the sums that `prediction_step` gives."""
+    nats, tokens, num_bytes = np.asarray(predictions.predictions, dtype=np.float64).sum(axis=0)
+    return {"loss": nats / tokens, "bits_per_byte": nats / num_bytes / np.log(2)}

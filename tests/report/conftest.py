@@ -1,0 +1,100 @@
+import math
+
+import pytest
+
+
+def model(name, bits, parameters, **changes):
+    figures = {
+        "name": name,
+        "parameters": parameters,
+        "active_parameters": parameters,
+        "size_mb": parameters * 4 / 1e6,
+        "bits_per_byte": bits,
+        "word_perplexity": 2 ** (bits * 6.03),
+        "token_perplexity": 2 ** (bits * 3.3),
+        "tokens_per_second": 9e9 / parameters,
+        "bytes_per_second": 3e10 / parameters,
+        "peak_memory_mb": 812.4,
+    }
+    return figures | changes
+
+
+@pytest.fixture
+def report():
+    return {
+        "schema": 1,
+        "teacher": model("huihui-ai/Huihui-MoE-1B-A0.6B", 1.7203, 12_400_000, active_parameters=6_800_000),
+        "student_before": model("tiny-llama", 2.8311, 2_150_000),
+        "student": model("tiny-llama", 2.2758, 2_150_000),
+        "baseline": model("tiny-llama", 2.3225, 2_150_000),
+        "student_aware_teacher": {"bits_per_byte": 1.7021},
+        "compression": {"parameter_ratio": 5.767, "size_reduction": 0.8266, "speedup": 3.91},
+        "retention": {
+            "kl_divergence": 0.6123,
+            "top1_agreement": 0.5521,
+            "top5_overlap": 0.6187,
+            "gap_closed": 0.4999,
+            "gap_closed_baseline": 0.4578,
+        },
+        "attention": {"similarity": 0.8114},
+        "router": {
+            "expert_load": [0.31, 0.44, 0.25],
+            "gate_load": [0.52, 0.28, 0.20],
+            "changed_fraction": 0.217,
+            "entropy": 0.913,
+            "top_k": 2,
+            "capacity": 0.412,
+            "gap": 0.803,
+        },
+        "data": {
+            "train_documents": 40,
+            "train_bytes": 1_912_345,
+            "eval_documents": 12,
+            "eval_bytes": 402_113,
+            "scored_bytes": 399_801,
+            "dropped": {"empty": 1, "one_token": 0},
+            "anchor_fraction": 0.965,
+        },
+        "environment": {
+            "versions": {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0", "wandb": None},
+            "platform": "Linux-6.1-x86_64",
+            "device": "cpu",
+            "dtype": "float32",
+            "peak_memory": "resident set of the whole process",
+            "seconds": 512.3,
+            "evaluation_seconds": 31.0,
+            "command": "run_distillation.py configs/demo.yaml --seed 0",
+        },
+    }
+
+
+@pytest.fixture
+def log_history():
+    history = []
+    for step in range(10, 401, 10):
+        progress = step / 400
+        load = [0.5 - 0.2 * progress, 0.3 + 0.15 * progress, 0.2 + 0.05 * progress]
+        entry = {
+            "step": step,
+            "loss": 3 - progress,
+            "learning_rate": 5e-4 * (1 - progress),
+            "distill/temperature": 4 - 3 * progress,
+            "distill/router_temperature": 2 - progress,
+            "distill/top_k": 1 + int(2 * progress),
+        }
+        sizes = {"kl": 2.1, "feature": 0.8, "attention": 0.4, "layerwise": 1.1, "contrastive": 3.2, "lm": 3.4}
+        weights = {"kl": 0.7, "feature": 0.1, "attention": 0.1, "layerwise": 0.05, "contrastive": 0.05, "lm": 0.3}
+        for name, size in sizes.items():
+            on = progress > 0.3 or name in ("kl", "lm")
+            noise = 0.06 * math.sin(step * len(name))
+            entry[f"distill/loss_{name}"] = size * (math.exp(-1.5 * progress) + noise) if on else 0.0
+            entry[f"distill/weight_{name}"] = weights[name] * (1 - 0.5 * progress * (name == "kl")) if on else 0.0
+        history.append(entry | {f"distill/expert_load_{expert}": share for expert, share in enumerate(load)})
+        if step % 50 == 0:
+            history.append({"step": step, "eval_loss": 2.5, "eval_bits_per_byte": 2.27 + 0.55 * math.exp(-4 * progress)})
+    return history
+
+
+@pytest.fixture
+def baseline_log_history():
+    return [{"step": s, "eval_bits_per_byte": 2.32 + 0.5 * math.exp(-s / 110)} for s in range(50, 401, 50)]

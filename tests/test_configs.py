@@ -1,0 +1,66 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distill_trainer.arguments import parse_arguments
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FILES = sorted(path.name for path in CONFIGS.iterdir())
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def parse(name: str) -> dict:
+    return {key: value for part in parse_arguments([str(CONFIGS / name)]) for key, value in vars(part).items()}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_config_parses_and_every_value_arrives(name):
+    settings = yaml.safe_load((CONFIGS / name).read_text())
+    parsed = parse(name)
+    for key, value in settings.items():
+        key = {"alpha_kd": "kl_weight"}.get(key, key)
+        if key == "report_to":
+            value = [] if value == "none" else value
+        arrived = parsed[key]
+        assert arrived == (type(arrived)(value) if isinstance(arrived, (int, float)) else value), key
+
+
+def test_the_default_config_states_the_defaults_of_the_code():
+    defaults = {key: value for part in parse_arguments([]) for key, value in vars(part).items()}
+    own = {"output_dir", "eval_strategy", "eval_steps", "save_total_limit", "do_eval"}
+    parsed = parse("default.yaml")
+    stated = yaml.safe_load((CONFIGS / "default.yaml").read_text())
+    assert {key for key in stated if parsed[key] != defaults[key]} <= own
+
+
+def test_the_recommended_config_differs_from_the_default_only_where_it_says_so():
+    default, recommended = (
+        yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("default", "recommended")
+    )
+    different = {key for key in recommended if recommended[key] != default.get(key)}
+    assert different == {"temperature", "run_baseline", "output_dir"}
+    assert default.keys() <= recommended.keys()
+    assert recommended["temperature"] == recommended["final_temperature"] == 1.0
+
+
+def test_the_custom_config_holds_just_its_five_settings():
+    assert json.loads((CONFIGS / "custom.json").read_text()) == {
+        "learning_rate": 1e-4,
+        "alpha_kd": 0.8,
+        "temperature": 5.0,
+        "initial_top_k": 2,
+        "final_top_k": 6,
+    }
+
+
+def test_the_demo_needs_no_network_and_trains_the_baseline():
+    settings = parse("demo.yaml")
+    assert settings["datasets"] == ["sotu"] and settings["run_baseline"]
+    for role in ("teacher", "student"):
+        assert settings[f"{role}_model_name_or_path"] == f"distill_trainer/demo_assets/{role}"
