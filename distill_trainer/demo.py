@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from distill_trainer.data import load_sotu
+from distill_trainer.documents import load_sotu
 
 logger = logging.get_logger(__name__)
 
