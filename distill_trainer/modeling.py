@@ -1,13 +1,13 @@
 """All that trains in one module: the student, the student-aware router and the projections to the teacher's width."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from distill_trainer.aligned import AnchorBatch, RoutedBatch
 from distill_trainer.losses.attention import attention_loss, attention_rows, pool_spans
 from distill_trainer.losses.contrastive import contrastive_loss
 from distill_trainer.losses.feature import feature_loss
@@ -16,39 +16,15 @@ from distill_trainer.losses.logits import gap_weights, kl_divergence, kl_diverge
 from distill_trainer.losses.reduction import token_mean
 from distill_trainer.router import (
     KnowledgeGap,
-    RouterOutput,
     StudentAwareRouter,
     routing_losses,
     student_divergence,
 )
 from distill_trainer.schedules import ScheduledValues
-from distill_trainer.taps import LayerPairs, TrunkOutput, lm_logits, run_trunk
+from distill_trainer.taps import LayerPairs, lm_logits, run_trunk
 from distill_trainer.teacher import IGNORE_INDEX, Teacher, TeacherOutput
 
 STUDENT_PREFIX = "student."
-
-
-@dataclass
-class RoutedBatch:
-    """The student-aware teacher at the anchors of one batch.
-
-    Attributes:
-        logits: Over the teacher's vocabulary, `(num_anchors, teacher_vocab_size)`.
-        logprobs: Over the student's vocabulary, `(num_anchors, student_vocab_size)`.
-        residual: Re-routed residual stream after the last layer, `(num_anchors, teacher_hidden_size)`.
-        gap: KL(teacher with its own gate || student), nats, `(num_anchors,)`.
-        router: The router's decision, None without a router.
-        gate_logits: The gate's scores, None without a router, `(num_anchors, num_experts)`.
-        gate_experts: The gate's own choice, None without a router, `(num_anchors, gate_top_k)`.
-    """
-
-    logits: Tensor
-    logprobs: Tensor
-    residual: Tensor
-    gap: Tensor
-    router: RouterOutput | None = None
-    gate_logits: Tensor | None = None
-    gate_experts: Tensor | None = None
 
 
 class DistillationModel(nn.Module):
@@ -147,7 +123,7 @@ class DistillationModel(nn.Module):
             `losses` by name, `router` with the parts of the router's objective (empty without one), and `metrics`,
             detached. Everything is a share of a mean over the whole accumulated batch.
         """
-        tapped = {"layers": (), "attention_layers": ()}
+        tapped: dict[str, tuple[int, ...]] = {}
         if teacher_output is not None:
             tapped = self.tapped_layers(losses, side=0)
         trunk = run_trunk(self.causal_lm, input_ids, attention_mask, **tapped)
@@ -156,7 +132,7 @@ class DistillationModel(nn.Module):
         targets = labels[:, 1:][predicted]
         everything = torch.ones_like(targets, dtype=torch.bool)
         num_items, num_anchors = batch.get("num_items_in_batch"), batch.get("num_anchors_in_batch")
-        result = {"losses": {}, "router": {}, "metrics": {}}
+        result: dict[str, dict[str, Tensor]] = {"losses": {}, "router": {}, "metrics": {}}
         if per_row:
             nats = F.cross_entropy(logits.float(), targets, reduction="none")
             rows = nats.new_zeros(len(labels)).index_add(0, predicted.nonzero()[:, 0], nats)
@@ -189,7 +165,7 @@ class DistillationModel(nn.Module):
             "attention_layers": tuple(sorted({pair[side] for pair in attention})),
         }
 
-    def route(self, at: "AnchorBatch", teacher: Teacher, values: ScheduledValues) -> RoutedBatch:
+    def route(self, at: AnchorBatch, teacher: Teacher, values: ScheduledValues) -> RoutedBatch:
         """Let the router choose at every anchor, and give what the teacher then holds and says.
 
         Without a router it is the teacher as it is.
@@ -199,7 +175,7 @@ class DistillationModel(nn.Module):
         student_logprobs = F.log_softmax(at.logits.detach().float(), dim=-1)
         gap = kl_divergence(own_logprobs, student_logprobs).clamp(min=0)
         if self.router is None:
-            return RoutedBatch(output.logits, own_logprobs, output.residual, gap)
+            return RoutedBatch(output.logits, own_logprobs, output.residual, gap, output.anchors.mask)
         entropy = -(student_logprobs.exp() * student_logprobs).sum(dim=-1) / math.log(student_logprobs.shape[-1])
         decision = self.router(
             output.experts.hidden_states,
@@ -212,10 +188,20 @@ class DistillationModel(nn.Module):
         )
         residual, logits = teacher.reroute(output, decision.selected_experts, decision.routing_weights)
         logprobs = teacher.projection.log_probs(logits)
-        own = output.experts
-        return RoutedBatch(logits, logprobs, residual, gap, decision, own.router_logits, own.selected_experts)
+        own, mask = output.experts, output.anchors.mask
+        return RoutedBatch(logits, logprobs, residual, gap, mask, decision, own.router_logits, own.selected_experts)
 
-    def _kl_loss(self, at: "AnchorBatch", routed: RoutedBatch, values: ScheduledValues) -> Tensor:
+    def route_batch(
+        self, batch: dict[str, Tensor], teacher: Teacher, teacher_output: TeacherOutput, values: ScheduledValues
+    ) -> RoutedBatch:
+        """`route` for a collated batch on its own, to look at what the router does."""
+        anchors = teacher_output.anchors
+        trunk = run_trunk(self.causal_lm, batch["input_ids"], batch["attention_mask"])
+        logits = lm_logits(self.causal_lm, trunk.last_hidden_state[anchors.rows, anchors.student_positions])
+        targets = batch["labels"][anchors.rows, anchors.student_positions + 1]
+        return self.route(AnchorBatch(trunk, logits, targets, teacher_output), teacher, values)
+
+    def _kl_loss(self, at: AnchorBatch, routed: RoutedBatch, values: ScheduledValues) -> Tensor:
         return kl_divergence_loss(
             at.logits,
             routed.logprobs,
@@ -227,11 +213,11 @@ class DistillationModel(nn.Module):
         )
 
     def _state_losses(
-        self, at: "AnchorBatch", routed: RoutedBatch, losses: frozenset[str], unlocked_fraction: float
+        self, at: AnchorBatch, routed: RoutedBatch, losses: frozenset[str], unlocked_fraction: float
     ) -> dict[str, Tensor]:
         """Feature, layer-wise and contrastive loss: the student's projected states against the teacher's."""
 
-        def projected(pairs, projections):
+        def projected(pairs, projections) -> tuple[list[Tensor], list[Tensor]]:
             students = [
                 project(at.select(at.trunk.layers[student]))
                 for (student, _), project in zip(pairs, projections, strict=True)
@@ -247,8 +233,10 @@ class DistillationModel(nn.Module):
             ]
             result["feature"] = torch.stack(values).mean()
         if "layerwise" in losses:
+            students, teachers = projected(self.pairs.layerwise, self.layerwise_projections)
             result["layerwise"] = layerwise_loss(
-                *projected(self.pairs.layerwise, self.layerwise_projections),
+                students,
+                teachers,
                 at.mask,
                 unlocked_fraction=unlocked_fraction,
                 num_items_in_batch=at.num_anchors,
@@ -260,13 +248,15 @@ class DistillationModel(nn.Module):
             result["contrastive"] = contrastive_loss(student, routed.residual, at.mask) * share
         return result
 
-    def _attention_loss(self, at: "AnchorBatch", attention_mask: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def _attention_loss(self, at: AnchorBatch, attention_mask: Tensor, batch: dict[str, Tensor]) -> Tensor:
         values = []
         for student, teacher in self.pairs.attention:
             taps = at.trunk.attentions[student]
             rows = attention_rows(
                 taps.query, taps.key, batch["student_positions"], attention_mask.bool(), taps.scaling
             )
+            # Pooling is linear: the mean over heads goes first, because it is all that the loss compares.
+            rows = rows.mean(dim=1, keepdim=True)
             spans = pool_spans(rows, batch["student_positions"], batch["anchor_mask"])
             teacher_spans = at.teacher.attentions[teacher]
             values.append(
@@ -275,7 +265,7 @@ class DistillationModel(nn.Module):
         return torch.stack(values).mean()
 
     def _router_losses(
-        self, at: "AnchorBatch", routed: RoutedBatch, teacher: Teacher, teacher_input_ids: Tensor
+        self, at: AnchorBatch, routed: RoutedBatch, teacher: Teacher, teacher_input_ids: Tensor
     ) -> dict[str, Tensor]:
         """The parts of the router's objective. The student's side is detached throughout."""
         anchors = at.teacher.anchors
@@ -286,12 +276,10 @@ class DistillationModel(nn.Module):
         return {
             "ce": lm_loss(routed.logits, upcoming, at.mask, num_items_in_batch=at.num_anchors),
             "student_kl": token_mean(divergence, at.num_anchors),
-        } | routing_losses(
-            routed.router, routed.gate_logits, true_logprobs.exp(), num_items_in_batch=at.num_anchors
-        )
+        } | routing_losses(routed.router, routed.gate_logits, true_logprobs.exp(), num_items_in_batch=at.num_anchors)
 
     @torch.no_grad()
-    def _metrics(self, at: "AnchorBatch", routed: RoutedBatch) -> dict[str, Tensor]:
+    def _metrics(self, at: AnchorBatch, routed: RoutedBatch) -> dict[str, Tensor]:
         student_loss = F.cross_entropy(at.logits.float(), at.targets, reduction="none")
         teacher_loss = F.nll_loss(routed.logprobs, at.targets, reduction="none")
         same_next = at.teacher.anchors.same_next
@@ -314,35 +302,3 @@ class DistillationModel(nn.Module):
             }
             metrics |= {f"expert_load_{e}": token_mean(load[:, e], at.num_anchors) for e in range(load.shape[-1])}
         return metrics
-
-
-@dataclass
-class AnchorBatch:
-    """Student and teacher of one batch at its anchors.
-
-    Attributes:
-        trunk: The student's trunk.
-        logits: The student's logits, `(num_anchors, student_vocab_size)`.
-        targets: The student's true next tokens, `(num_anchors,)`.
-        teacher: The teacher with its own gate.
-        num_anchors: Anchors of the whole accumulated batch, None for this batch alone.
-    """
-
-    trunk: TrunkOutput
-    logits: Tensor
-    targets: Tensor
-    teacher: TeacherOutput
-    num_anchors: Tensor | float | None = None
-
-    @property
-    def mask(self) -> Tensor:
-        """All True, `(num_anchors,)`: these anchors were selected beforehand."""
-        return torch.ones_like(self.targets, dtype=torch.bool)
-
-    def select(self, hidden_states: Tensor) -> Tensor:
-        """Rows of a student tensor `(batch_size, sequence_length, size)` at the anchors."""
-        return hidden_states[self.teacher.anchors.rows, self.teacher.anchors.student_positions]
-
-    def teacher_state(self, layer: int, routed: RoutedBatch) -> Tensor:
-        """The teacher's residual stream after a layer; the re-routed one after the last layer."""
-        return routed.residual if layer == self.teacher.last_layer else self.teacher.layers[layer]

@@ -44,7 +44,7 @@ def is_mixture(model: PreTrainedModel) -> bool:
         for key, value in config.items():
             if isinstance(value, dict):
                 yield from counts(value)
-            elif EXPERT_COUNT_KEY.search(key) and isinstance(value, int):
+            elif EXPERT_COUNT_KEY.search(str(key)) and isinstance(value, int):
                 yield value
 
     return max(counts(model.config.to_dict()), default=1) > 1
@@ -126,10 +126,10 @@ def mix_experts(block: nn.Module, hidden_states: Tensor, selected_experts: Tenso
         block: A block of `expert_blocks`.
         hidden_states: Input of the block, `(num_tokens, hidden_size)`.
         selected_experts: Experts to mix, `(num_tokens, top_k)`, any `top_k` from 1 to the number of experts.
-        routing_weights: Weight of each, `(num_tokens, top_k)`; cast to the type of `hidden_states`.
+        routing_weights: Weight of each, `(num_tokens, top_k)`, in the type of the gate's own.
 
     Returns:
         `(num_tokens, hidden_size)`.
     """
     with torch.autocast(hidden_states.device.type, enabled=False):
-        return block.experts(hidden_states, selected_experts, routing_weights.to(hidden_states.dtype))
+        return block.experts(hidden_states, selected_experts, routing_weights)

@@ -200,6 +200,10 @@ class KnowledgeGap(nn.Module):
     average follows. The state is in buffers, so a resumed run continues it.
     """
 
+    steps: Tensor
+    start: Tensor
+    running: Tensor
+
     def __init__(self):
         super().__init__()
         self.register_buffer("steps", torch.zeros((), dtype=torch.float64))

@@ -72,4 +72,4 @@ def unlocked_fraction(progress: float, start: float) -> float:
         progress: Fraction of training that is done.
         start: Progress at which the layer-wise loss begins; 0.6 has all layers unlocked at 0.8.
     """
-    return 0.0 if progress < start or start >= 1 else linear(0.0, 1.0, (progress - start) / ((1 - start) / 2))
+    return 0.0 if start >= 1 else linear(0.0, 1.0, (progress - start) / ((1 - start) / 2))

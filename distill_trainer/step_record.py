@@ -3,6 +3,13 @@
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from distill_trainer.errors import NonFiniteLossError
+from distill_trainer.router import KnowledgeGap
+
+logger = logging.get_logger(__name__)
 
 
 class StepRecord:
@@ -14,7 +21,6 @@ class StepRecord:
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.nonfinite_steps = 0
         self._finite: dict[str, Tensor] = {}
         self._difference: Tensor | None = None
         self._totals: dict[str, Tensor] = {}
@@ -62,3 +68,42 @@ class StepRecord:
         means = (self.accelerator.reduce(totals, "mean") / self._steps).tolist()
         self._totals, self._steps = {}, 0
         return dict(zip(names, means, strict=True))
+
+
+class StepCallback(TrainerCallback):
+    """Looks at what a step's micro-batches reported, before and after the optimizer acts on it.
+
+    Before: a step with a loss that is not finite is left out, and `max_nonfinite_steps` of them in a row stop the run.
+    After: the step's knowledge gap goes into its running average.
+
+    Args:
+        record: What the micro-batches reported.
+        gap: The running average.
+        max_nonfinite_steps: Steps in a row.
+    """
+
+    def __init__(self, record: StepRecord, gap: KnowledgeGap, *, max_nonfinite_steps: int):
+        self.record, self.gap, self.max_nonfinite_steps = record, gap, max_nonfinite_steps
+        self.nonfinite_steps = 0
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        broken = self.record.nonfinite_losses()
+        self.nonfinite_steps = self.nonfinite_steps + 1 if broken else 0
+        if not broken:
+            return
+        what = f"The loss {' and '.join(broken)} is not finite at step {state.global_step + 1}"
+        if self.nonfinite_steps >= self.max_nonfinite_steps:
+            raise NonFiniteLossError(
+                f"{what}, time {self.nonfinite_steps} in a row (max_nonfinite_steps). "
+                "Lower the learning rate, use bf16 or fp32, or look at the data of this step."
+            )
+        logger.warning(f"{what}; the step is left out.")
+        # The scaler of fp16 leaves such a step out by itself, and fails if there are no gradients.
+        if self.record.accelerator.scaler is None:
+            optimizer.zero_grad()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        difference = self.record.mean_gap_difference()
+        if difference is not None:
+            self.gap.update(difference)
+        self.record.end_step()

@@ -1,8 +1,9 @@
-"""Reading a causal language model from inside: residual streams, attention inputs and the head, on chosen layers only."""
+"""Reading a causal language model from inside: residual streams, attention inputs and head, on chosen layers only."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ class TrunkOutput:
 
 
 def _sdpa_with_tap(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
-    """Scaled dot product attention that also hands its queries and keys to the module's `attention_tap`, if it has one."""
+    """Scaled dot product attention that also hands queries and keys to the module's `attention_tap`, if it has one."""
     tap = getattr(module, "attention_tap", None)
     if tap is not None:
         scaling = kwargs.get("scaling")
@@ -141,9 +142,11 @@ def run_trunk(
 
 
 @contextmanager
-def _tapped(model: PreTrainedModel, layers: tuple[int, ...], attention_layers: tuple[int, ...]) -> Iterator[TrunkOutput]:
+def _tapped(
+    model: PreTrainedModel, layers: tuple[int, ...], attention_layers: tuple[int, ...]
+) -> Iterator[TrunkOutput]:
     output = TrunkOutput(last_hidden_state=torch.empty(0))
-    modules = decoder_layers(model) if layers or attention_layers else []
+    modules: Sequence[nn.Module] = list(decoder_layers(model)) if layers or attention_layers else []
 
     def keep_residual(index):
         def hook(module, inputs, result):
@@ -155,7 +158,7 @@ def _tapped(model: PreTrainedModel, layers: tuple[int, ...], attention_layers: t
     implementation = model.config._attn_implementation
     flagged = [attention_module(modules[index]) for index in attention_layers]
     for index, module in zip(attention_layers, flagged, strict=True):
-        module.attention_tap = lambda inputs, index=index: output.attentions.__setitem__(index, inputs)
+        setattr(module, "attention_tap", partial(output.attentions.__setitem__, index))  # noqa: B010
     if flagged:
         model.config._attn_implementation = ATTENTION_WITH_TAP
     try:
@@ -177,7 +180,7 @@ def uniform_layer_map(num_student_layers: int, num_teacher_layers: int) -> list[
 
 @dataclass(frozen=True)
 class LayerPairs:
-    """Which student layers are compared with which teacher layers, as `(student, teacher)` indices from the bottom up."""
+    """Layers of student and teacher that are compared, as `(student, teacher)` indices from the bottom up."""
 
     feature: tuple[tuple[int, int], ...] = ()
     layerwise: tuple[tuple[int, int], ...] = ()
@@ -211,7 +214,8 @@ class LayerPairs:
             count = min(LAYERWISE_PAIRS, num_student_layers)
             layerwise = [mapped[(i + 1) * num_student_layers // count - 1] for i in range(count)]
         else:
-            mapped = layerwise = sorted(tuple(int(index) for index in pair.split(":")) for pair in layer_map)
+            split = [pair.split(":") for pair in layer_map]
+            mapped = layerwise = sorted((int(student), int(teacher)) for student, teacher in split)
 
         def checked(name: str, pairs: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
             for student, teacher in pairs:
@@ -228,8 +232,9 @@ class LayerPairs:
             return [(min(reversed(mapped), key=lambda pair: abs(pair[1] - layer))[0], layer) for layer in chosen]
 
         return cls(
-            feature=checked("feature_layers", nearest(feature_layers)),
+            # First, because the others are chosen from the map.
             layerwise=checked("layer_map", layerwise),
+            feature=checked("feature_layers", nearest(feature_layers)),
             attention=checked("attention_layers", nearest(attention_layers)),
         )
 

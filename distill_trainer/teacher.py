@@ -1,6 +1,7 @@
 """The frozen teacher: what it believes and holds at anchors, with its own gate or with the student-aware router's."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,8 +64,8 @@ class TeacherOutput:
         residual: Residual stream after the last layer, `(num_anchors, hidden_size)`.
         logits: Over the teacher's vocabulary, `(num_anchors, teacher_vocab_size)`.
         layers: Residual stream after each tapped layer, `(num_anchors, hidden_size)`.
-        attentions: Attention over the spans between anchors of each tapped layer,
-            `(batch_size, num_heads, num_anchors, num_anchors)`.
+        attentions: Attention over the spans between anchors of each tapped layer, mean of its heads,
+            `(batch_size, 1, num_anchors, num_anchors)`.
         experts: What the last layer's experts did, None for a dense teacher.
     """
 
@@ -106,7 +107,8 @@ class Teacher:
     @property
     def num_experts(self) -> int:
         """Experts of the last layer, 0 for a dense teacher or without a router."""
-        return 0 if self.block is None else self.block.experts.num_experts
+        count: Any = 0 if self.block is None else self.block.experts.num_experts
+        return count
 
     @torch.no_grad()
     def __call__(
@@ -139,7 +141,9 @@ class Teacher:
             experts = calls[0].at(anchors.rows * input_ids.shape[1] + anchors.teacher_positions)
         attentions = {
             layer: pool_spans(
-                attention_rows(taps.query, taps.key, batch["teacher_positions"], attention_mask.bool(), taps.scaling),
+                attention_rows(
+                    taps.query, taps.key, batch["teacher_positions"], attention_mask.bool(), taps.scaling
+                ).mean(dim=1, keepdim=True),
                 batch["teacher_positions"],
                 batch["anchor_mask"],
             )
@@ -174,7 +178,11 @@ class Teacher:
         """
         own = output.experts
         scale = own.routing_weights.float().sum(dim=-1, keepdim=True)
-        mixture = mix_experts(self.block, own.hidden_states, selected_experts, routing_weights * scale)
+        # A gate that renormalises gives a sum of 1 up to rounding, which must not change our weights by a bit.
+        rounding = own.routing_weights.shape[-1] * torch.finfo(own.routing_weights.dtype).eps
+        scale = torch.where((scale - 1).abs() <= rounding, 1.0, scale)
+        weights = (routing_weights * scale).to(own.routing_weights.dtype)
+        mixture = mix_experts(self.block, own.hidden_states, selected_experts, weights)
         with torch.autocast(mixture.device.type, enabled=False):
             residual = output.residual + (mixture - own.output)
             return residual, lm_logits(self.model, final_norm(self.model)(residual))
@@ -235,4 +243,3 @@ class Teacher:
                 f"The {what} of the teacher {type(self.model).__name__} does more than this package knows: its logits "
                 f"differ by {difference:.1e} of their size. Use another teacher."
             )
-

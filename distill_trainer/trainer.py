@@ -3,35 +3,30 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from distill_trainer.alignment import VocabularyProjection
 from distill_trainer.arguments import DistillationArguments
-from distill_trainer.callbacks import (
-    LossWeightScheduleCallback,
-    TemperatureScheduleCallback,
-    TopKScheduleCallback,
-)
-from distill_trainer.data import DistillationCollator, prepare_dataset
+from distill_trainer.callbacks import training_schedules
 from distill_trainer.checkpoint import load_modules, save_modules
-from distill_trainer.errors import ConfigurationError, NonFiniteLossError
+from distill_trainer.data import DistillationCollator, prepare_dataset
+from distill_trainer.errors import ConfigurationError
+from distill_trainer.hub import push_student
 from distill_trainer.loading import resolve, with_adapters
-from distill_trainer.modeling import STUDENT_PREFIX, DistillationModel
+from distill_trainer.modeling import STUDENT_PREFIX, DistillationModel, RoutedBatch
 from distill_trainer.moe import gate_rows
 from distill_trainer.router import router_objective
 from distill_trainer.schedules import ScheduledValues, effective_logit_weights
-from distill_trainer.step_record import StepRecord
+from distill_trainer.scoring import bits_per_byte_metrics, scored_labels
+from distill_trainer.step_record import StepCallback, StepRecord
 from distill_trainer.taps import LayerPairs
 from distill_trainer.teacher import IGNORE_INDEX, Anchors, Teacher
 
 logger = logging.get_logger(__name__)
-
-# Share of the training steps after which top-k and temperatures have reached their final values.
-SCHEDULE_RATIO = 0.5
 
 
 class DistillationTrainer(Trainer):
@@ -70,6 +65,8 @@ class DistillationTrainer(Trainer):
     ):
         if args.n_gpu > 1:
             raise ConfigurationError("One process cannot drive several GPUs. Start with `accelerate launch`.")
+        if args.device.type == "cpu":
+            args.dataloader_pin_memory = False
         student, processing_class = resolve(model, processing_class, "processing_class")
         if teacher_model is None:
             # Text alone: the windows are still cut by a teacher's tokenizer, if one is given.
@@ -97,7 +94,7 @@ class DistillationTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            compute_metrics=_bits_per_byte_metrics,
+            compute_metrics=bits_per_byte_metrics,
             **kwargs,
         )
         self.record = StepRecord(self.accelerator)
@@ -173,34 +170,23 @@ class DistillationTrainer(Trainer):
         return dataset
 
     def _add_schedules(self) -> None:
-        args, values = self.args, self.values
+        args = self.args
         limit = (self.teacher.num_experts if self.teacher else 0) or max(args.initial_top_k, args.final_top_k)
-        weights = args.loss_weights()
-        for callback in (
-            TopKScheduleCallback(
-                values,
-                start=min(args.initial_top_k, limit),
-                end=min(args.final_top_k, limit),
-                warmup_ratio=SCHEDULE_RATIO,
-            ),
-            TemperatureScheduleCallback(
-                values, start=args.temperature, end=args.final_temperature, warmup_ratio=SCHEDULE_RATIO
-            ),
-            TemperatureScheduleCallback(
-                values,
-                start=args.router_temperature,
-                end=args.final_router_temperature,
-                warmup_ratio=SCHEDULE_RATIO,
-                attribute="router_temperature",
-            ),
-            LossWeightScheduleCallback(values, weights=weights, phase_boundaries=args.phase_boundaries),
-            _StepCallback(self),
-        ):
+        schedules = training_schedules(
+            self.values,
+            top_k=(min(args.initial_top_k, limit), min(args.final_top_k, limit)),
+            temperature=(args.temperature, args.final_temperature),
+            router_temperature=(args.router_temperature, args.final_router_temperature),
+            weights=args.loss_weights(),
+            phase_boundaries=args.phase_boundaries,
+        )
+        steps = StepCallback(self.record, self.distillation_model.gap, max_nonfinite_steps=args.max_nonfinite_steps)
+        for callback in (*schedules, steps):
             self.add_callback(callback)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW (or `optim`) with a learning rate for the student and one for the rest; no decay on norms and biases."""
-        if self.optimizer is None:
+        """`optim` with one learning rate for the student and one for the rest, and no decay on norms and biases."""
+        if getattr(self, "optimizer", None) is None:
             optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             parameters = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
             groups = []
@@ -274,29 +260,6 @@ class DistillationTrainer(Trainer):
 
     # Watching
 
-    def before_optimizer_step(self) -> None:
-        """Leave out a step whose loss is not finite, and stop after `max_nonfinite_steps` of them in a row."""
-        broken = self.record.nonfinite_losses()
-        self.record.nonfinite_steps = self.record.nonfinite_steps + 1 if broken else 0
-        if not broken:
-            return
-        what = f"The loss {' and '.join(broken)} is not finite at step {self.state.global_step + 1}"
-        if self.record.nonfinite_steps >= self.args.max_nonfinite_steps:
-            raise NonFiniteLossError(
-                f"{what}, time {self.record.nonfinite_steps} in a row (max_nonfinite_steps). "
-                "Lower the learning rate, use bf16 or fp32, or look at the data of this step."
-            )
-        logger.warning(f"{what}; the step is left out.")
-        if self.accelerator.scaler is None:
-            self.optimizer.zero_grad()
-
-    def after_optimizer_step(self) -> None:
-        """Take the step's knowledge gap into its running average."""
-        difference = self.record.mean_gap_difference()
-        if difference is not None:
-            self.distillation_model.gap.update(difference)
-        self.record.end_step()
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report the Trainer's values with the means of ours since the last report and the scheduled values."""
         if "loss" in logs:
@@ -319,18 +282,21 @@ class DistillationTrainer(Trainer):
             None, `(batch_size, 3)` with nats, tokens and bytes of each window, and a filler for the labels.
         """
         inputs = self._prepare_inputs(inputs)
-        positions, present = inputs["student_positions"], inputs["anchor_mask"]
-        index = torch.arange(inputs["labels"].shape[1], device=positions.device)
-        last = positions.masked_fill(~present, -1).max(dim=1, keepdim=True).values
-        scored = (index > positions[:, :1]) & (index <= last)
-        labels = inputs["labels"].masked_fill(~scored, IGNORE_INDEX)
+        labels = scored_labels(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            nats = model(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels, per_row=True
-            )["losses"]["lm"]
-        tokens = (labels != IGNORE_INDEX).sum(dim=1)
-        rows = torch.stack([nats.double(), tokens.double(), inputs["scored_bytes"].double()], dim=1)
+            tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            nats = model(**tokens, labels=labels, per_row=True)["losses"]["lm"]
+        counts = (labels != IGNORE_INDEX).sum(dim=1)
+        rows = torch.stack([nats.double(), counts.double(), inputs["scored_bytes"].double()], dim=1)
         return None, rows, torch.zeros(len(rows), device=rows.device)
+
+    @torch.no_grad()
+    def route(self, batch: dict[str, Tensor]) -> RoutedBatch:
+        """What the router chooses for a collated batch, and what the student-aware teacher then says."""
+        inputs = self._prepare_inputs(dict(batch))
+        output = self.teacher(inputs, Anchors.of(inputs))
+        model = self.distillation_model.eval()
+        return model.route_batch(inputs, self.teacher, output, self.values)
 
     # Saving and loading
 
@@ -346,38 +312,42 @@ class DistillationTrainer(Trainer):
     def _load_best_model(self) -> None:
         load_modules(Path(self.state.best_model_checkpoint), self.distillation_model)
 
-    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any):
-        """Upload the bare student, its tokenizer, card and report, and nothing else, to `hub_model_id`."""
-        from huggingface_hub import upload_folder
+    # The Hub
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Settle the repository's name, and fail now rather than after training if there is no token."""
+        from huggingface_hub import get_token
+
+        self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).resolve().name
+        if not (token or self.args.hub_token or get_token()):
+            raise ConfigurationError("hub_token must be set with push_to_hub, got none. Or set HF_TOKEN.")
+
+    def push_to_hub(self, commit_message: str | None = None, token: str | None = None, **kwargs: Any) -> str | None:
+        """Upload the bare student with its tokenizer, card and report to `hub_model_id`; the URL on the first process.
+
+        Args:
+            commit_message: First line of the commit.
+            token: Token with write access. None takes `hub_token`.
+            **kwargs: Taken for compatibility with `Trainer.push_to_hub` and not used.
+        """
         if self.hub_model_id is None:
-            self.init_hf_repo(token=kwargs.get("token"))
+            self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)
+        return self._push(self.args.output_dir, commit_message or "Upload the distilled student", token)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # A checkpoint of adapters holds no student that loads on its own.
+        if self.args.hub_strategy != HubStrategy.END and not self.args.use_peft:
+            self._push(checkpoint_folder, f"Training in progress, step {self.state.global_step}")
+
+    def _push(self, folder: str, message: str, token: str | None = None) -> str | None:
         if not self.is_world_process_zero():
             return None
-        return upload_folder(
-            repo_id=self.hub_model_id,
-            folder_path=self.args.output_dir,
-            commit_message=commit_message,
-            token=kwargs.get("token") or self.args.hub_token,
-            ignore_patterns=[],
+        return push_student(
+            folder,
+            self.hub_model_id,
+            token=token or self.args.hub_token,
+            private=self.args.hub_private_repo,
+            revision=self.args.hub_revision,
+            commit_message=message,
         )
-
-
-class _StepCallback(TrainerCallback):
-    """Tells the trainer when an optimizer step is about to happen and when it is over."""
-
-    def __init__(self, trainer: DistillationTrainer):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.before_optimizer_step()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.after_optimizer_step()
-
-
-def _bits_per_byte_metrics(predictions) -> dict[str, float]:
-    """Loss (nats per token) and bits per byte of all windows together, from the sums that `prediction_step` gives."""
-    nats, tokens, num_bytes = np.asarray(predictions.predictions, dtype=np.float64).sum(axis=0)
-    return {"loss": nats / tokens, "bits_per_byte": nats / num_bytes / np.log(2)}

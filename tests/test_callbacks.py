@@ -10,7 +10,7 @@ from distill_trainer.errors import ConfigurationError
 from distill_trainer.schedules import LOSS_NAMES, ScheduledValues
 
 MAX_STEPS = 40
-WEIGHTS = dict(zip(LOSS_NAMES, (0.7, 0.1, 0.1, 0.05, 0.05, 0.3)))
+WEIGHTS = dict(zip(LOSS_NAMES, (0.7, 0.1, 0.1, 0.05, 0.05, 0.3), strict=True))
 
 
 def all_callbacks():

@@ -264,10 +264,11 @@ def test_the_card_holds_the_metadata_and_the_figures(finished_run):
     assert "run_distillation.py demo.yaml --hub_token <hidden> --seed 1" in card.text
 
 
-def test_a_card_needs_no_figures_and_keeps_local_paths_out(tmp_path):
+def test_a_card_needs_no_figures_and_keeps_local_paths_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     report = {"student": {"bits_per_byte": None, "word_perplexity": float("inf")}, "baseline": None}
     write(tmp_path / "private" / "base" / "config.json")
-    local = {"student_name": str(tmp_path / "private" / "base"), "teacher_name": "~/private/teacher"}
+    local = {"student_name": "private/base", "teacher_name": "~/private/teacher"}
     path = write_model_card(tmp_path, report, **local, datasets=["sotu", "./private/a.jsonl"], license="mit")
     card = ModelCard.load(path)
     metadata = card.data.to_dict()

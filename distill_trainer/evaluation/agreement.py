@@ -1,31 +1,39 @@
 """Where two models agree: beliefs and attention of student and teacher at anchors, and the router's choices."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from distill_trainer.aligned import RoutedBatch
+from distill_trainer.errors import UnsupportedModelError
 from distill_trainer.evaluation.measure import evaluating, side_inputs
-from distill_trainer.losses.attention import pool_spans
+from distill_trainer.losses.attention import attention_rows, pool_spans
+from distill_trainer.taps import decoder_layers, run_trunk
 
 # Rows of the vocabulary at a time: 256 float32 rows of 152k tokens are 156 MB.
 ANCHORS_PER_CHUNK = 256
+ROUTER_KEYS = ("expert_load", "gate_load", "changed_fraction", "entropy", "top_k", "capacity", "gap")
 
 
-def at_anchors(values: Tensor, batch: dict[str, Tensor], side: str) -> Tensor:
-    """Rows of `values` `(batch_size, sequence_length, ...)` at the anchors, in the order of `anchor_mask.nonzero()`."""
-    positions = side_inputs(batch, side, values.device)[2]
-    anchor_mask = batch["anchor_mask"].to(values.device)
-    return values[anchor_mask.nonzero()[:, 0], positions[anchor_mask]]
+def anchor_index(batch: dict[str, Tensor], side: str, mask: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and position of the anchors that are True in `mask` `(batch_size, num_anchors_in_row)`, in its order."""
+    positions, mask = side_inputs(batch, side, device)[2], mask.to(device)
+    return mask.nonzero()[:, 0], positions[mask]
 
 
-def replace_at_anchors(values: Tensor, rows: Tensor, batch: dict[str, Tensor], side: str) -> Tensor:
-    """`values` with `rows` `(num_anchors, ...)` at the anchors, in the order of `at_anchors`, changed in place."""
-    positions = side_inputs(batch, side, values.device)[2]
-    anchor_mask = batch["anchor_mask"].to(values.device)
-    index = anchor_mask.nonzero()[:, 0], positions[anchor_mask]
+def replace_at_anchors(values: Tensor, rows: Tensor, batch: dict[str, Tensor], mask: Tensor) -> Tensor:
+    """The teacher's `values` with other rows at some of the anchors, changed in place.
+
+    Args:
+        values: `(batch_size, teacher_sequence_length, ...)`.
+        rows: `(num_anchors, ...)`, in the order of `mask.nonzero()`.
+        batch: A collated batch.
+        mask: Which anchors they are, bool, the shape of the batch's `anchor_mask`.
+    """
+    index = anchor_index(batch, "teacher", mask, values.device)
     return values.index_put_(index, rows.to(device=values.device, dtype=values.dtype))
 
 
@@ -48,13 +56,16 @@ def retention_sums(
     """
     from distill_trainer.evaluation.metrics.knowledge_retention.knowledge_retention import retention_per_position
 
-    student_rows = at_anchors(student_logits, batch, "student").split(ANCHORS_PER_CHUNK)
-    teacher_rows = at_anchors(teacher_logits, batch, "teacher").split(ANCHORS_PER_CHUNK)
+    mask = batch["anchor_mask"]
+    student_index = anchor_index(batch, "student", mask, student_logits.device)
+    teacher_index = anchor_index(batch, "teacher", mask, teacher_logits.device)
+    student_chunks = student_logits[student_index].split(ANCHORS_PER_CHUNK)
+    teacher_chunks = teacher_logits[teacher_index].split(ANCHORS_PER_CHUNK)
     sums = torch.zeros(4, dtype=torch.float64)
-    for student_chunk, teacher_chunk in zip(student_rows, teacher_rows):
-        teacher_chunk = teacher_log_probs(teacher_chunk.float()).to(student_chunk.device)
-        values = retention_per_position(student_chunk.float().log_softmax(dim=-1), teacher_chunk)
-        sums += torch.cat([values.sum(dim=0), values.new_tensor([len(values)])]).cpu()
+    for student_rows, teacher_rows in zip(student_chunks, teacher_chunks, strict=True):
+        teacher_logprobs = teacher_log_probs(teacher_rows.float()).to(student_rows.device)
+        values = retention_per_position(student_rows.float().log_softmax(dim=-1), teacher_logprobs)
+        sums += torch.cat([values.sum(dim=0), values.new_tensor([len(values)])])
     return sums
 
 
@@ -68,119 +79,95 @@ def gap_closed(before: float | None, after: float | None, teacher: float | None)
     return (before - after) / (before - teacher)
 
 
-@contextmanager
-def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Only the eager implementation returns attention maps."""
-    own = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(own)
-
-
-def _last_layer_spans(model: PreTrainedModel, row: dict[str, Tensor], side: str) -> Tensor | None:
-    """Mean attention over heads of the last attention layer at the anchors, pooled over the spans between them.
-
-    Returns:
-        `(num_anchors, num_anchors)`, or None if the model gives no attention maps.
-    """
-    input_ids, attention_mask, positions = side_inputs(row, side, model.device)
-    outputs = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, output_attentions=True)
-    maps = [layer for layer in outputs.attentions or () if layer is not None and layer.ndim == 4]
-    if not maps:
-        return None
-    index = positions[:, None, :, None].expand(-1, 1, -1, maps[-1].shape[-1])
-    rows = maps[-1].float().mean(dim=1, keepdim=True).gather(2, index)
-    return pool_spans(rows, positions, row["anchor_mask"].to(model.device))[0, 0].cpu()
-
-
 def attention_similarity(
-    student: PreTrainedModel, teacher: PreTrainedModel, batches: Iterable[dict[str, Tensor]], max_rows: int = 8
+    student: PreTrainedModel, teacher: PreTrainedModel, batches: Iterable[dict[str, Tensor]]
 ) -> float | None:
     """One minus the Jensen-Shannon divergence (bits) of both models' last attention layers, averaged over anchors.
 
-    Attention is averaged over heads and pooled over the spans of text between anchors, which both models share. The first
-    anchor of a row has one span only and is left out. Both models keep their attention implementation.
+    Attention is averaged over heads and pooled over the spans of text between anchors, which both models share. The
+    first anchor of a row sees one span only and is left out.
 
     Args:
         student: Any causal language model.
         teacher: Likewise.
         batches: Collated batches.
-        max_rows: Windows to look at. One at a time: eager maps of all layers are large.
 
     Returns:
-        Similarity from 0 to 1, or None if a model gives no attention maps.
+        Similarity from 0 to 1, or None if the attention of a model cannot be read or there are no two anchors.
     """
     from distill_trainer.evaluation.metrics.attention_similarity.attention_similarity import similarity_per_row
 
-    rows = ({key: value[i : i + 1] for key, value in batch.items()} for batch in batches for i in _full_rows(batch))
     values = []
-    with evaluating(student, teacher), ExitStack() as stack:
-        stack.enter_context(_eager_attention(student))
-        stack.enter_context(_eager_attention(teacher))
-        for _, row in zip(range(max_rows), rows):
-            spans = [_last_layer_spans(model, row, side) for model, side in ((student, "student"), (teacher, "teacher"))]
-            if spans[0] is None or spans[1] is None:
+    with evaluating(student, teacher):
+        for batch in batches:
+            try:
+                student_spans = _last_layer_spans(student, batch, "student")
+                teacher_spans = _last_layer_spans(teacher, batch, "teacher")
+            except UnsupportedModelError:
                 return None
-            counted = row["anchor_mask"][0].cpu().nonzero()[1:, 0]
-            values.append(similarity_per_row(spans[0][counted], spans[1][counted]))
-    return torch.cat(values).mean().item() if values else None
+            counted = batch["anchor_mask"].cpu().clone()
+            counted[:, 0] = False
+            values.append(similarity_per_row(student_spans[counted], teacher_spans[counted]))
+    return torch.cat(values).mean().item() if sum(map(len, values)) else None
 
 
-def _full_rows(batch: dict[str, Tensor]) -> list[int]:
-    """Rows with at least two anchors."""
-    return (batch["anchor_mask"].sum(dim=1) > 1).nonzero()[:, 0].tolist()
+def _last_layer_spans(model: PreTrainedModel, batch: dict[str, Tensor], side: str) -> Tensor:
+    """Mean attention over heads of the last layer at the anchors, pooled over the spans between them.
+
+    Returns:
+        `(batch_size, num_anchors, num_anchors)`, on the CPU.
+    """
+    input_ids, attention_mask, positions = side_inputs(batch, side, model.device)
+    last = len(decoder_layers(model)) - 1
+    taps = run_trunk(model, input_ids, attention_mask, attention_layers=(last,)).attentions[last]
+    rows = attention_rows(taps.query, taps.key, positions, attention_mask.bool(), taps.scaling)
+    return pool_spans(rows.mean(dim=1, keepdim=True), positions, batch["anchor_mask"].to(model.device))[:, 0].cpu()
 
 
-def router_sums(routed) -> dict[str, Tensor]:
+def router_sums(routed: RoutedBatch) -> dict[str, Tensor]:
     """The router's choices, summed over the anchors of one batch.
 
     Args:
-        routed: `selected_experts` and `routing_weights` `(num_anchors, top_k)`, the gate's own `gate_experts`
-            `(num_anchors, gate_top_k)`, `router_logits` `(num_anchors, num_experts)`, `capacity` and `gap`
-            `(num_anchors,)`. Experts stand with the likeliest first.
+        routed: With a router's decision.
 
     Returns:
         float64: `expert_load` (routing weight) and `gate_load` (selections) `(num_experts,)`; scalars `changed`,
         `entropy` (nats), `capacity`, `gap` and `anchors`.
     """
-    logits = routed.router_logits.double()
-    num_experts = logits.shape[-1]
-    logprobs = logits.log_softmax(dim=-1)
-    gate_ones = torch.ones_like(routed.gate_experts, dtype=torch.float64)
-    sums = {
-        "expert_load": _per_expert(routed.selected_experts, routed.routing_weights, num_experts),
-        "gate_load": _per_expert(routed.gate_experts, gate_ones, num_experts),
-        "changed": (routed.selected_experts[:, 0] != routed.gate_experts[:, 0]).double().sum(),
-        "entropy": -torch.xlogy(logprobs.exp(), logprobs.exp()).sum(),
-        "capacity": routed.capacity.double().sum(),
-        "gap": routed.gap.double().sum(),
+    decision = routed.router
+    # On the CPU, because not every accelerator has float64.
+    logits, weights = decision.router_logits.cpu().double(), decision.routing_weights.cpu().double()
+    selected, gate = decision.selected_experts.cpu(), routed.gate_experts.cpu()
+    none = torch.zeros(logits.shape[-1], dtype=torch.float64)
+    return {
+        "expert_load": none.index_add(0, selected.flatten(), weights.flatten()),
+        "gate_load": none.index_add(0, gate.flatten(), torch.ones(gate.numel(), dtype=torch.float64)),
+        "changed": (selected[:, 0] != gate[:, 0]).double().sum(),
+        "entropy": torch.special.entr(logits.softmax(dim=-1)).sum(),
+        "capacity": decision.capacity.cpu().double().sum(),
+        "gap": routed.gap.cpu().double().sum(),
         "anchors": torch.tensor(float(len(logits)), dtype=torch.float64),
     }
-    return {key: value.detach().cpu() for key, value in sums.items()}
 
 
-def _per_expert(experts: Tensor, weights: Tensor, num_experts: int) -> Tensor:
-    totals = torch.zeros(num_experts, dtype=torch.float64, device=experts.device)
-    return totals.index_add(0, experts.flatten(), weights.double().flatten())
-
-
-def router_figures(sums: dict[str, Tensor], top_k: int) -> dict[str, float | int | list[float]]:
-    """The report's `router` part from sums over all anchors, see `router_sums`.
+def router_figures(sums: dict[str, Tensor], top_k: int) -> dict[str, Any]:
+    """The report's `router` part from sums over all anchors, see `router_sums`; all null without any sums.
 
     Returns:
         `expert_load` (share of the routing weight per expert), `gate_load` (share of the gate's selections),
         `changed_fraction` (anchors whose first expert is not the gate's first), mean `entropy` (nats), `capacity`
         and `gap` (nats), and `top_k`.
     """
+    if not sums:
+        return dict.fromkeys(ROUTER_KEYS)
     anchors = sums["anchors"].item()
-    return {
-        "expert_load": (sums["expert_load"] / sums["expert_load"].sum()).tolist(),
-        "gate_load": (sums["gate_load"] / sums["gate_load"].sum()).tolist(),
-        "changed_fraction": sums["changed"].item() / anchors,
-        "entropy": sums["entropy"].item() / anchors,
-        "top_k": top_k,
-        "capacity": sums["capacity"].item() / anchors,
-        "gap": sums["gap"].item() / anchors,
-    }
+    values = (
+        (sums["expert_load"] / sums["expert_load"].sum()).tolist(),
+        (sums["gate_load"] / sums["gate_load"].sum()).tolist(),
+        sums["changed"].item() / anchors,
+        sums["entropy"].item() / anchors,
+        top_k,
+        sums["capacity"].item() / anchors,
+        sums["gap"].item() / anchors,
+    )
+    return dict(zip(ROUTER_KEYS, values, strict=True))

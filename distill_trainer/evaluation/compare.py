@@ -1,20 +1,19 @@
 """`evaluate_models`: every figure of the report, with all models scored on the same bytes of held-out text."""
 
-import platform
-import re
-import shlex
-import sys
 import time
-from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distill_trainer.aligned import RoutedBatch
 from distill_trainer.alignment import VocabularyProjection
+from distill_trainer.data import DistillationCollator, prepare_dataset
 from distill_trainer.errors import DataError
 from distill_trainer.evaluation.agreement import (
     attention_similarity,
@@ -24,20 +23,21 @@ from distill_trainer.evaluation.agreement import (
     router_figures,
     router_sums,
 )
+from distill_trainer.evaluation.environment import describe_environment
 from distill_trainer.evaluation.measure import (
     evaluating,
     floating_dtype,
     forward_logits,
     measure_speed,
-    memory_kind,
     model_size,
     score_logits,
     score_tokens,
 )
 from distill_trainer.loading import load_causal_lm
 
-VERSIONS = ("distill_trainer", "torch", "transformers", "datasets", "accelerate", "tokenizers")
 NAME = (str, Path)
+# Attention differs little from window to window: so many batches, spread evenly, tell enough.
+ATTENTION_BATCHES = 8
 MODEL_KEYS = (
     *("name", "parameters", "active_parameters", "size_mb", "bits_per_byte", "word_perplexity", "token_perplexity"),
     *("tokens_per_second", "bytes_per_second", "peak_memory_mb"),
@@ -55,10 +55,10 @@ def evaluate_models(
     batch_size: int = 4,
     student_before: PreTrainedModel | str | Path | None = None,
     baseline: PreTrainedModel | str | Path | None = None,
-    route: Callable[[dict[str, Tensor]], Any] | None = None,
+    route: Callable[[dict[str, Tensor]], RoutedBatch] | None = None,
     statistics: dict[str, Any] | None = None,
     names: dict[str, str] | None = None,
-    seconds: float | None = None,
+    seconds: float = 0.0,
     command: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Report on a student and its teacher: likelihood per byte, cost, agreement and routing.
@@ -67,22 +67,22 @@ def evaluate_models(
     in the widest dtype among the models.
 
     Args:
-        student: The distilled student, or its name or path.
-        teacher: Its teacher. Models given as objects stay on their device and in their dtype; named ones are loaded
-            in the dtype they are stored in, except that `student_before` and `baseline` take the student's.
+        student: The distilled student, or its name or path. A model that is given by name is loaded to the device of
+            one that is not, else to the GPU if there is one, in the dtype it is stored in.
+        teacher: Its teacher. It stays on its device.
         student_tokenizer: Also the tokenizer of `student_before` and `baseline`.
         teacher_tokenizer: Tokenizer of the teacher.
         texts: Held-out documents.
         max_length: Longest window, in student tokens.
         batch_size: Windows per batch.
-        student_before: The student as it was before training. None leaves its figures null.
+        student_before: The student as it was before training. None leaves its figures null. This and `baseline` are
+            measured on the student's device; by name they are loaded in its dtype.
         baseline: The student fine-tuned on the same batches without a teacher. None leaves its figures null.
-        route: Maps a batch (on the student's device) to the router's choices at its N anchors, in the order of
-            `anchor_mask.nonzero()`: `logits` `(N, teacher_vocab_size)` of the student-aware teacher, and what
-            `agreement.router_sums` reads. None: no router.
+        route: Maps a batch to the student-aware teacher at its anchors, as `DistillationTrainer.route` does. None, or
+            a result without a router's decision, leaves these figures null.
         statistics: What is known about the training data, merged into the report's `data`.
         names: Names by role (`teacher`, `student`, ...); others are read from the models.
-        seconds: Time the run took so far. None reports the time of this evaluation.
+        seconds: Time the run took before this evaluation, which is added.
         command: Arguments of the command that ran. None takes `sys.argv`. Secrets are left out.
 
     Returns:
@@ -93,10 +93,9 @@ def evaluate_models(
         DataError: If no window of the texts can be scored.
     """
     start = time.perf_counter()
-    if isinstance(student, NAME):
-        student = load_causal_lm(str(student), dtype="auto")
-    if isinstance(teacher, NAME):
-        teacher = load_causal_lm(str(teacher), dtype="auto").to(student.device)
+    devices = [model.device for model in (student, teacher) if not isinstance(model, NAME)]
+    device = devices[0] if devices else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student, teacher = _loaded(student, device), _loaded(teacher, device)
     batches, data = _collate(texts, student_tokenizer, teacher_tokenizer, max_length, batch_size)
     joint = _joint_pass(student, teacher, student_tokenizer, teacher_tokenizer, batches, route)
     words_per_byte = sum(len(text.split()) for text in texts) / data["eval_bytes"]
@@ -106,18 +105,17 @@ def evaluate_models(
     for role, model in models.items():
         if model is None:
             continue
-        if isinstance(model, NAME):
-            model = load_causal_lm(str(model), dtype=floating_dtype(student)).to(student.device)
+        model = _loaded(model, student.device, floating_dtype(student))
         side = "teacher" if role == "teacher" else "student"
-        scores = joint["scores"].get(role) or score_tokens(model, batches, side)
+        with _on(model, teacher.device if role == "teacher" else student.device):
+            scores = joint["scores"].get(role) or score_tokens(model, batches, side)
+            speed = measure_speed(model, max(batches, key=_scored_bytes), side, dtype=dtype)
         name = (names or {}).get(role) or getattr(model.config, "_name_or_path", "") or type(model).__name__
-        speed = measure_speed(model, max(batches, key=_scored_bytes), side, dtype=dtype)
         figures[role] = {"name": name, **model_size(model), **_likelihoods(scores, words_per_byte), **speed}
-    environment = _environment(student, teacher, dtype, command)
-    similarity = attention_similarity(student, teacher, batches)
-    evaluation_seconds = time.perf_counter() - start
-    environment["seconds"] = evaluation_seconds if seconds is None else seconds
-    environment["evaluation_seconds"] = evaluation_seconds
+    environment = describe_environment(student, teacher, dtype, command)
+    similarity = attention_similarity(student, teacher, batches[:: -(-len(batches) // ATTENTION_BATCHES)])
+    environment["evaluation_seconds"] = time.perf_counter() - start
+    environment["seconds"] = seconds + environment["evaluation_seconds"]
     return {
         "schema": 1,
         **{role: figures[role] for role in models},
@@ -126,9 +124,28 @@ def evaluate_models(
         "retention": _retention(joint["retention"], figures),
         "attention": {"similarity": similarity},
         "router": joint["router"],
-        "data": data | (statistics or {}),
+        "data": data | {key: value for key, value in (statistics or {}).items() if value is not None},
         "environment": environment,
     }
+
+
+def _loaded(
+    model: PreTrainedModel | str | Path, device: torch.device, dtype: torch.dtype | str = "auto"
+) -> PreTrainedModel:
+    return load_causal_lm(str(model), dtype=dtype).to(device) if isinstance(model, NAME) else model
+
+
+@contextmanager
+def _on(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Hold a model on a device for a while: a copy that waits in main memory is measured where the others are."""
+    own = model.device
+    if own != device:
+        model.to(device)
+    try:
+        yield
+    finally:
+        if own != device:
+            model.to(own)
 
 
 def _scored_bytes(batch: dict[str, Tensor]) -> int:
@@ -141,10 +158,11 @@ def _joint_pass(
     student_tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizer: PreTrainedTokenizerBase,
     batches: list[dict[str, Tensor]],
-    route: Callable[[dict[str, Tensor]], Any] | None,
+    route: Callable[[dict[str, Tensor]], RoutedBatch] | None,
 ) -> dict[str, Any]:
     """All that needs both models' logits side by side, in one pass over the batches."""
-    projection, retention, routing, top_k = None, torch.zeros(4, dtype=torch.float64), {}, 0
+    projection, retention, top_k = None, torch.zeros(4, dtype=torch.float64), 0
+    routing: dict[str, Tensor] = {}
     scores = {role: {"nll": 0.0, "bytes": 0, "tokens": 0} for role in ("student", "teacher", "aware")}
 
     def add(role: str, logits: Tensor, batch: dict[str, Tensor], side: str) -> None:
@@ -163,20 +181,20 @@ def _joint_pass(
                 projection = VocabularyProjection.from_tokenizers(teacher_tokenizer, student_tokenizer, *sizes)
                 projection = projection.to(teacher_logits.device)
             retention += retention_sums(student_logits, teacher_logits, batch, projection.log_probs)
-            if route is None:
+            routed = route(batch) if route else None
+            if routed is None or routed.router is None:
                 continue
-            routed = route(batch)
             # The router speaks at anchors only; everywhere else the teacher keeps its own belief.
-            teacher_logits = replace_at_anchors(teacher_logits, routed.logits, batch, "teacher")
+            replace_at_anchors(teacher_logits, routed.logits, batch, routed.mask)
             add("aware", teacher_logits, batch, "teacher")
-            sums, top_k = router_sums(routed), routed.selected_experts.shape[1]
-            routing = {key: routing.get(key, 0) + value for key, value in sums.items()}
+            sums, top_k = router_sums(routed), routed.router.selected_experts.shape[1]
+            routing = {key: value + routing[key] for key, value in sums.items()} if routing else sums
     aware = scores.pop("aware")
     return {
         "scores": scores,
         "retention": retention,
-        "student_aware_teacher": {"bits_per_byte": _bits_per_byte(aware)} if route else None,
-        "router": router_figures(routing, top_k) if route else None,
+        "student_aware_teacher": {"bits_per_byte": _bits_per_byte(aware) if routing else None},
+        "router": router_figures(routing, top_k),
     }
 
 
@@ -188,10 +206,25 @@ def _collate(
     batch_size: int,
 ) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
     """The texts as collated batches, and what the report's `data` says of them."""
-    raise NotImplementedError
+    if not any(texts):
+        raise DataError("texts must hold at least one document with text, got none. Raise validation_fraction.")
+    documents = Dataset.from_dict({"text": list(texts)})
+    windows, counted = prepare_dataset(documents, student_tokenizer, teacher_tokenizer, max_length=max_length)
+    rows = list(windows)
+    collator = DistillationCollator(student_tokenizer, teacher_tokenizer)
+    batches = [collator(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+    return batches, {
+        "train_documents": None,
+        "train_bytes": None,
+        "eval_documents": counted["documents"],
+        "eval_bytes": counted["bytes"],
+        "scored_bytes": sum(map(_scored_bytes, batches)),
+        "dropped": counted["dropped"],
+        "anchor_fraction": counted["anchor_fraction"],
+    }
 
 
-def _bits_per_byte(scores: dict[str, float]) -> float:
+def _bits_per_byte(scores: dict[str, Any]) -> float:
     from distill_trainer.evaluation.metrics.bits_per_byte.bits_per_byte import bits_per_byte
 
     return bits_per_byte(scores["nll"], scores["bytes"])
@@ -232,32 +265,3 @@ def _retention(sums: Tensor, figures: dict[str, dict | None]) -> dict[str, float
         "gap_closed": gap_closed(bits["student_before"], bits["student"], bits["teacher"]),
         "gap_closed_baseline": gap_closed(bits["student_before"], bits["baseline"], bits["teacher"]),
     }
-
-
-def _environment(
-    student: PreTrainedModel, teacher: PreTrainedModel, speed_dtype: torch.dtype, command: Sequence[str] | None
-) -> dict[str, Any]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in VERSIONS:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    cuda = student.device.type == "cuda"
-    return {
-        "versions": versions,
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(student.device) if cuda else str(student.device),
-        "threads": torch.get_num_threads(),
-        "dtype": str(floating_dtype(student)).removeprefix("torch."),
-        "teacher_dtype": str(floating_dtype(teacher)).removeprefix("torch."),
-        "speed_dtype": str(speed_dtype).removeprefix("torch."),
-        "peak_memory": memory_kind(student.device),
-        "command": _shown_command(sys.argv if command is None else command),
-    }
-
-
-def _shown_command(arguments: Sequence[str]) -> str:
-    """The command as one line, without the values of flags that hold a secret: reports get published."""
-    line = shlex.join(arguments)
-    return re.sub(r"(--[\w-]*(?:token|api_key|api-key|secret|password)(?:=|\s+))('[^']*'|\S+)", r"\1<hidden>", line)

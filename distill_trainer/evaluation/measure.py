@@ -33,19 +33,25 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 def side_inputs(batch: dict[str, Tensor], side: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids, attention mask and anchor positions of one side ("student" or "teacher") of a collated batch."""
-    return tuple(batch[key].to(device) for key in SIDES[side])
+    input_ids, attention_mask, positions = (batch[key].to(device) for key in SIDES[side])
+    return input_ids, attention_mask, positions
 
 
 def forward_logits(model: PreTrainedModel, batch: dict[str, Tensor], side: str = "student") -> Tensor:
-    """Logits of the model on its side of a batch, `(batch_size, sequence_length, vocab_size)`, in the model's dtype."""
+    """Logits of a model on its side of a batch, `(batch_size, sequence_length, vocab_size)`, in the model's dtype."""
     input_ids, attention_mask, _ = side_inputs(batch, side, model.device)
-    return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    positions = {}
+    if not bool(attention_mask[:, 0].all()):
+        # Left padding: count positions from the first real token, as at inference.
+        positions["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions).logits
 
 
 def scored_tokens(batch: dict[str, Tensor], side: str, device: torch.device) -> Tensor:
     """True at the real tokens after the row's first anchor up to and including its last one.
 
-    They cover exactly the row's `scored_bytes`, whichever tokenizer cut them. A row with fewer than two anchors has none.
+    They cover exactly the row's `scored_bytes`, whichever tokenizer cut them. A row with fewer than two anchors has
+    none.
 
     Returns:
         Bool, `(batch_size, sequence_length)`.
@@ -73,9 +79,9 @@ def score_logits(logits: Tensor, batch: dict[str, Tensor], side: str = "student"
     counted = scored_tokens(batch, side, logits.device)[:, 1:]
     nll = 0.0
     # Row by row: the float32 copy then never holds more than one sequence.
-    for row_logits, row_labels, row_counted in zip(logits[:, :-1], labels, counted):
+    for row_logits, row_labels, row_counted in zip(logits[:, :-1], labels, counted, strict=True):
         losses = F.cross_entropy(row_logits[row_counted].float(), row_labels[row_counted], reduction="none")
-        nll += losses.double().sum().item()
+        nll += losses.cpu().double().sum().item()
     return {"nll": nll, "bytes": int(batch["scored_bytes"].sum()), "tokens": int(counted.sum())}
 
 
@@ -178,7 +184,8 @@ def measure_speed(
 
     Returns:
         `tokens_per_second` (the batch's scored tokens), `bytes_per_second` (its scored bytes), and `peak_memory_mb`,
-        see `peak_memory`. Sequence ends outside the scored span cost time and count for nothing, for every model alike.
+        see `peak_memory`. Sequence ends outside the scored span cost time and count for nothing, for every model
+        alike.
     """
     if dtype is None or getattr(model, "is_quantized", False):
         dtype = floating_dtype(model)

@@ -49,6 +49,6 @@ def layerwise_loss(
     count = num_unlocked(len(student_layers), unlocked_fraction)
     losses = [
         feature_loss(student, teacher, mask, num_items_in_batch=num_items_in_batch)
-        for student, teacher in zip(student_layers[:count], teacher_layers[:count])
+        for student, teacher in zip(student_layers[:count], teacher_layers[:count], strict=True)
     ]
     return sum(losses[1:], start=losses[0]) / count

@@ -1,7 +1,6 @@
 """Losses over the vocabulary: KL and Jensen-Shannon divergence to the teacher, cross-entropy to the text."""
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +32,7 @@ def kl_divergence_loss(
     mask: Tensor,
     *,
     temperature: float = 1.0,
-    direction: Literal["forward", "reverse", "js"] = "forward",
+    direction: str = "forward",
     token_weights: Tensor | None = None,
     num_items_in_batch: Tensor | int | float | None = None,
 ) -> Tensor:

@@ -31,7 +31,7 @@ def select_pairs(student: Tensor, teacher: Tensor, mask: Tensor) -> tuple[Tensor
 
 
 def check_mask(mask: Tensor) -> None:
-    """Raise a `ConfigurationError` unless the mask is bool: a mask of 0 and 1 as integers would select rows 0 and 1."""
+    """Raise a `ConfigurationError` unless the mask is bool: integers 0 and 1 would select rows 0 and 1."""
     if mask.dtype != torch.bool:
         raise ConfigurationError(f"mask must be a bool tensor, got {mask.dtype}. Call .bool() on it.")
 

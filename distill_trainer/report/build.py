@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distill_trainer.report.page import html_page
 from distill_trainer.report.markdown import markdown_page
+from distill_trainer.report.page import html_page
 from distill_trainer.report.plots import draw_plots
 
 

@@ -26,8 +26,7 @@ MAX_EXPERT_ROWS = 16
 
 def html_page(report: dict[str, Any], plots: Sequence[Plot]) -> str:
     """The whole report as one page, readable from 360 pixels, light and dark. All text is escaped."""
-    names = [(report.get(role) or {}).get("name") for role in ("student", "teacher")]
-    student, teacher = (str(name or role) for name, role in zip(names, ("student", "teacher")))
+    student, teacher = (str((report.get(role) or {}).get("name") or role) for role in ("student", "teacher"))
     command = (report.get("environment") or {}).get("command")
     lists = {title: _facts(title, rows) for title, rows in sections(report)}
     router = _router_panel(report.get("router") or {}, lists.pop("Router", ""))
@@ -49,7 +48,8 @@ def html_page(report: dict[str, Any], plots: Sequence[Plot]) -> str:
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
         f"<title>{escape(student)}: distillation report</title><style>{STYLE}</style></head>\n"
         "<body><main>\n" + "\n".join(part for part in body if part) + "\n</main></body></html>\n"
     )
@@ -68,7 +68,7 @@ def _headline(report: dict[str, Any]) -> str:
             escape(short(figures.get("bytes_per_second"), "B/s")),
         )
         marks = " ".join(["student"] * (role == "student") + ["best"] * (value == best))
-        columns = zip(("", "wide", "", "wide", ""), cells)
+        columns = zip(("", "wide", "", "wide", ""), cells, strict=True)
         row = "".join(f'<td class="{name}">{cell}</td>' for name, cell in columns)
         rows.append(f'<tr class="{marks}"><th scope=row><i class="dot {role}"></i>{ROLES[role]}</th>{row}</tr>')
     head = (
@@ -105,7 +105,7 @@ def _router_panel(router: dict[str, Any], facts: str) -> str:
     if not loads:
         return facts
     gate = router.get("gate_load") or [None] * len(loads)
-    order = range(len(loads))
+    order = list(range(len(loads)))
     if len(loads) > MAX_EXPERT_ROWS:
         order = sorted(order, key=lambda expert: -loads[expert])[:MAX_EXPERT_ROWS]
     rows = "".join(
@@ -115,10 +115,11 @@ def _router_panel(router: dict[str, Any], facts: str) -> str:
     )
     kept = "" if len(loads) == len(order) else f" The busiest {len(order)} of {len(loads)}."
     return (
-        f"<h2>Student-aware router</h2><div class=grid>{facts}<section class=card><h3>Expert load on held-out text</h3>"
-        f"<table class=bars><thead><tr><th scope=col>expert</th><td></td><th scope=col>router</th><th scope=col>gate</th>"
-        f"</tr></thead><tbody>{rows}</tbody></table><p class=note>Router: share of the routing weight. Gate: share of the "
-        f"teacher's own selections.{kept}</p></section></div>"
+        f"<h2>Student-aware router</h2><div class=grid>{facts}"
+        "<section class=card><h3>Expert load on held-out text</h3><table class=bars><thead><tr>"
+        "<th scope=col>expert</th><td></td><th scope=col class=router>router</th><th scope=col class=gate>gate</th>"
+        f"</tr></thead><tbody>{rows}</tbody></table><p class=note>Router: share of the routing weight. "
+        f"Gate: share of the teacher's own selections.{kept}</p></section></div>"
     )
 
 

@@ -80,7 +80,7 @@ def _render(
     from matplotlib.figure import Figure
 
     page = THEMES[theme]
-    style = {
+    style: dict[Any, Any] = {
         "figure.facecolor": page["page"],
         "axes.facecolor": page["page"],
         "savefig.facecolor": page["page"],
@@ -100,7 +100,7 @@ def _render(
         "ytick.major.size": 0,
         "ytick.minor.size": 0,
         "font.size": 10,
-        "legend.fontsize": 9,
+        "legend.fontsize": 10,
         "legend.frameon": False,
         "lines.linewidth": 2,
         "lines.solid_capstyle": "round",
@@ -151,7 +151,7 @@ def _draw_bits_per_byte(figure, colors, report, history, baseline_history) -> bo
 
 def _draw_losses(figure, colors, report, history, baseline_history) -> bool:
     axes = figure.subplots()
-    for color, name in zip(colors, LOSS_NAMES):
+    for color, name in zip(colors, LOSS_NAMES, strict=True):
         steps, values = series(history, f"distill/loss_{name}")
         # A loss that is switched off logs zeros, which a logarithm cannot show.
         if any(value > 0 for value in values):
@@ -166,7 +166,7 @@ def _draw_losses(figure, colors, report, history, baseline_history) -> bool:
 
 
 def _draw_expert_load(figure, colors, report, history, baseline_history) -> bool:
-    loads = []
+    loads: list[tuple[list[float], list[float]]] = []
     while (points := series(history, f"distill/expert_load_{len(loads)}"))[0]:
         loads.append(points)
     if not loads:
@@ -175,7 +175,7 @@ def _draw_expert_load(figure, colors, report, history, baseline_history) -> bool
 
     few = len(loads) <= MAX_NAMED_EXPERTS
     # Not the theme's colours: they stand for models. The ends of the ramp would vanish on a dark or a light page.
-    shades = [colormaps["viridis"](0.15 + 0.75 * i / max(len(loads) - 1, 1)) for i in range(len(loads))]
+    shades = [colormaps["viridis"](0.1 + 0.65 * i / max(len(loads) - 1, 1)) for i in range(len(loads))]
     axes = figure.subplots()
     labels = [f"expert {i}" if few else "" for i in range(len(loads))]
     axes.stackplot(loads[0][0], *(values for _, values in loads), colors=shades, labels=labels)
@@ -202,8 +202,8 @@ def _draw_schedules(figure, colors, report, history, baseline_history) -> bool:
     if not shown:
         return False
     panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (title, lines) in zip(panels, shown):
-        for color, (label, points) in zip(colors, lines.items()):
+    for axes, (title, lines) in zip(panels, shown, strict=True):
+        for color, (label, points) in zip(colors, lines.items(), strict=False):
             # Top-k and weights change at a step and hold, they do not slope.
             axes.plot(*points, color=color, label=label, drawstyle="steps-post" if title == "top-k" else "default")
         axes.set_title(title)

@@ -6,7 +6,8 @@ STYLE = """
 @media(prefers-color-scheme:dark){:root{--page:#0f1318;--card:#171c23;--text:#e6eaf0;--muted:#9aa7b5;--line:#2b333d;
 --student:#6aa5ff;--baseline:#f5b045;--teacher:#3ccf9f;--aware:#ab8dff;--before:#94a3b8;--tint:#1a2739}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--text);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
+body{margin:0;background:var(--page);color:var(--text);
+font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
 -webkit-text-size-adjust:100%}
 main{max-width:1080px;margin:0 auto;padding:40px 24px 64px}
 h1{font-size:clamp(24px,4vw,34px);line-height:1.2;margin:0;overflow-wrap:anywhere;letter-spacing:-.01em}
@@ -28,12 +29,15 @@ tbody tr:last-child>*{border-bottom:0}
 .headline{background:var(--card);border-radius:8px;overflow:hidden}
 .headline tbody th,.headline td:last-child{white-space:nowrap}
 .headline .student>*{background:var(--tint);font-weight:600}
-.dot{display:inline-block;width:10px;height:10px;border-radius:50%;margin-right:10px;background:var(--before)}
+.headline tbody th{position:relative;padding-left:32px}
+.dot{position:absolute;left:12px;top:50%;width:10px;height:10px;margin-top:-5px;border-radius:50%;
+background:var(--before)}
 .dot.student{background:var(--student)}
 .dot.baseline{background:var(--baseline)}
 .dot.teacher{background:var(--teacher)}
 .dot.student_aware_teacher{background:var(--aware)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:16px;list-style:none;padding:0;margin:24px 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:16px;list-style:none;padding:0;
+margin:24px 0}
 .tiles li,.card,figure,.scroll{background:var(--card);border-radius:8px;padding:16px 20px}
 .tiles li{color:var(--muted);font-size:14px}
 .tiles b{display:block;color:var(--text);font-size:28px;line-height:1.3;letter-spacing:-.02em}
@@ -42,12 +46,15 @@ margin-bottom:16px}
 figure{margin:0}
 img{display:block;width:100%;height:auto}
 dl{margin:0}
-dl div{display:flex;justify-content:space-between;gap:16px;padding:7px 0;border-bottom:1px solid var(--line);font-size:15px}
+dl div{display:flex;justify-content:space-between;gap:16px;padding:7px 0;border-bottom:1px solid var(--line);
+font-size:15px}
 dl div:last-child{border-bottom:0}
 dt{color:var(--muted);flex:none;max-width:62%}
 dd{margin:0;text-align:right;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
 .bars th,.bars td{padding:6px 4px;font-size:14px;border:0}
 .bars td{white-space:nowrap}
+.bars .router,.bars .gate{font-weight:600;color:var(--student)}
+.bars .gate{color:var(--teacher)}
 .bars td:nth-child(2){width:62%;padding:6px 10px}
 .bar{display:block;height:8px;min-width:2px;border-radius:0 4px 4px 0;background:var(--student)}
 .bar.teacher{background:var(--teacher);margin-top:2px;height:5px}
@@ -58,6 +65,8 @@ dd{margin:0;text-align:right;overflow-wrap:anywhere;font-variant-numeric:tabular
 pre{background:var(--card);border-radius:8px;padding:16px 20px;margin:0;white-space:pre-wrap;overflow-wrap:anywhere;
 font:14px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 @media(max-width:640px){main{padding:24px 14px 48px}.wide{display:none}th,td{padding:9px 6px;font-size:14px}
-.headline tbody th{white-space:normal;line-height:1.3}.headline td{line-height:1.3}.dot{margin-right:6px;width:8px;height:8px}.verdict{font-size:16px}
-.verdict,.tiles li,.card,figure,pre{padding:14px}.tiles{grid-template-columns:1fr 1fr;gap:10px}.tiles b{font-size:24px}}
+.headline tbody th{white-space:normal;line-height:1.3}.headline td{line-height:1.3}
+.headline tbody th{padding-left:20px}.dot{left:6px;width:8px;height:8px;margin-top:-4px}.verdict{font-size:16px}
+.verdict,.tiles li,.card,figure,pre{padding:14px}.tiles{grid-template-columns:1fr 1fr;gap:10px}
+.tiles b{font-size:24px}}
 """

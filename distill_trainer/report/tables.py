@@ -5,8 +5,9 @@ from typing import Any
 from distill_trainer.report.wording import ROLES, bits, model_rows, number, percent, perplexity, short
 
 FOOTNOTE = (
-    "Every model is scored on the same bytes of held-out text. Bits per byte (lower is better) and word perplexity compare "
-    "models with different tokenizers; token perplexity does not. Speed is the forward pass, all models in the same dtype."
+    "Every model is scored on the same bytes of held-out text. Bits per byte (lower is better) and word perplexity "
+    "compare models with different tokenizers; token perplexity does not. Speed is the forward pass, all models in "
+    "the same dtype. Memory on a CPU is that of the whole process."
 )
 
 

@@ -79,8 +79,8 @@ def verdict(report: dict[str, Any]) -> str:
         )
     if result == "paid":
         return (
-            f"Distillation paid: the student needs {student:.4f} bits per byte, {baseline - student:.4f} fewer than the "
-            f"same student fine-tuned on the same batches without a teacher ({baseline:.4f})."
+            f"Distillation paid: the student needs {student:.4f} bits per byte, {baseline - student:.4f} fewer than "
+            f"the same student fine-tuned on the same batches without a teacher ({baseline:.4f})."
         )
     return (
         f"Fine-tuning alone did better: without a teacher the same student needs {baseline:.4f} bits per byte on the "
@@ -113,8 +113,10 @@ def router_sentence(report: dict[str, Any]) -> str:
     if not router or plain is None or aware is None:
         return ""
     same = abs(aware - plain) <= DRAW * plain
-    effect = "leaves the teacher as good as it was" if same else "makes the teacher itself " + (
-        "better" if aware < plain else "worse"
+    effect = (
+        "leaves the teacher as good as it was"
+        if same
+        else "makes the teacher itself " + ("better" if aware < plain else "worse")
     )
     return (
         f"The student-aware router {effect}: {aware:.4f} against {plain:.4f} bits per byte. It picks another first "
@@ -139,9 +141,11 @@ def headline_table(report: dict[str, Any]) -> str:
         speed = short(figures.get("bytes_per_second"), "B")
         costs = (perplexity(figures.get("word_perplexity")), short(figures.get("parameters")), speed)
         lines.append((ROLES[role], number(figures["bits_per_byte"], 4), *costs))
-    widths = [max(map(len, column)) for column in zip(*lines)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = [
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
+        "  ".join(
+            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        )
         for line in lines
     ]
     rule = "-" * len(rows[0])

@@ -112,7 +112,7 @@ def test_spans_match_the_definition_and_keep_all_mass():
 def test_spans_may_skip_an_anchor_in_the_middle():
     rows = attention_rows(*random_states(5), torch.tensor([[1, 3, 4]] * 2), torch.ones(2, 7, dtype=torch.bool), 0.7)
     mask = torch.tensor([[1, 0, 1]] * 2, dtype=torch.bool)
-    pooled = pool_spans(rows, torch.tensor([[1, 0, 4]] * 2), mask)
+    pooled = pool_spans(rows, torch.tensor([[1, 3, 4]] * 2), mask)
     torch.testing.assert_close(pooled[..., 0], rows[..., :2].sum(dim=-1))
     assert pooled[..., 1].eq(0).all()
     torch.testing.assert_close(pooled[..., 2], rows[..., 2:5].sum(dim=-1))

@@ -20,7 +20,7 @@ def random_layers(seed: int, widths=(8, 12, 8, 16)):
 @pytest.mark.parametrize("fraction, unlocked", [(0.0, 1), (0.25, 1), (0.3, 2), (0.5, 2), (0.9, 4), (1.0, 4)])
 def test_is_the_mean_distance_of_the_unlocked_pairs_from_the_bottom(fraction, unlocked):
     student, teacher = random_layers(0)
-    expected = torch.stack([feature_loss(s, t, MASK) for s, t in zip(student, teacher)])[:unlocked].mean()
+    expected = torch.stack([feature_loss(s, t, MASK) for s, t in zip(student, teacher, strict=True)])[:unlocked].mean()
     torch.testing.assert_close(layerwise_loss(student, teacher, MASK, unlocked_fraction=fraction), expected)
 
 

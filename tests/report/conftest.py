@@ -52,7 +52,7 @@ def report():
             "eval_documents": 12,
             "eval_bytes": 402_113,
             "scored_bytes": 399_801,
-            "dropped": {"empty": 1, "one_token": 0},
+            "dropped": {"empty_documents": 1, "short_windows": 0},
             "anchor_fraction": 0.965,
         },
         "environment": {
@@ -91,7 +91,9 @@ def log_history():
             entry[f"distill/weight_{name}"] = weights[name] * (1 - 0.5 * progress * (name == "kl")) if on else 0.0
         history.append(entry | {f"distill/expert_load_{expert}": share for expert, share in enumerate(load)})
         if step % 50 == 0:
-            history.append({"step": step, "eval_loss": 2.5, "eval_bits_per_byte": 2.27 + 0.55 * math.exp(-4 * progress)})
+            history.append(
+                {"step": step, "eval_loss": 2.5, "eval_bits_per_byte": 2.27 + 0.55 * math.exp(-4 * progress)}
+            )
     return history
 
 

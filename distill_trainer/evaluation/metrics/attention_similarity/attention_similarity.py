@@ -51,6 +51,6 @@ class AttentionSimilarity(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
-        pairs = zip(predictions, references)
+        pairs = zip(predictions, references, strict=True)
         values = [similarity_per_row(torch.tensor([p]), torch.tensor([q])) for p, q in pairs]
         return {"similarity": torch.cat(values).mean().item()}

@@ -27,18 +27,18 @@ def retention_per_position(student_logprobs: torch.Tensor, teacher_logprobs: tor
         teacher_logprobs: Same shape. Tokens at -inf carry no probability and add nothing to the divergence.
 
     Returns:
-        `(num_positions, 3)` float64, the columns in the order above.
+        `(num_positions, 3)` float64 on the CPU, the columns in the order above.
     """
     student_logprobs, teacher_logprobs = student_logprobs.float(), teacher_logprobs.float()
     terms = teacher_logprobs.exp() * (teacher_logprobs - student_logprobs)
     # 0 * log 0 is 0 here, but NaN in floating point.
-    divergence = terms.masked_fill(teacher_logprobs == float("-inf"), 0.0).double().sum(dim=-1)
+    divergence = terms.masked_fill(teacher_logprobs == float("-inf"), 0.0).sum(dim=-1)
     top = min(5, student_logprobs.shape[-1])
     student_top = student_logprobs.topk(top, dim=-1).indices
     teacher_top = teacher_logprobs.topk(top, dim=-1).indices
-    agreement = (student_top[:, 0] == teacher_top[:, 0]).double()
-    overlap = (student_top.unsqueeze(-1) == teacher_top.unsqueeze(-2)).sum(dim=(-1, -2)).double() / top
-    return torch.stack([divergence, agreement, overlap], dim=-1)
+    agreement = (student_top[:, 0] == teacher_top[:, 0]).float()
+    overlap = (student_top.unsqueeze(-1) == teacher_top.unsqueeze(-2)).sum(dim=(-1, -2)) / top
+    return torch.stack([divergence, agreement, overlap], dim=-1).cpu().double()
 
 
 class KnowledgeRetention(evaluate.Metric):
@@ -55,4 +55,4 @@ class KnowledgeRetention(evaluate.Metric):
 
     def _compute(self, predictions, references):
         means = retention_per_position(torch.tensor(predictions), torch.tensor(references)).mean(dim=0)
-        return dict(zip(("kl_divergence", "top1_agreement", "top5_overlap"), means.tolist()))
+        return dict(zip(("kl_divergence", "top1_agreement", "top5_overlap"), means.tolist(), strict=True))

@@ -1,0 +1,148 @@
+"""Distil a Mixture-of-Experts teacher into a student: `python run_distillation.py CONFIG.yaml [--field value ...]`."""
+
+import copy
+import errno
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from distill_trainer import DistillationTrainer, evaluate_models
+from distill_trainer.arguments import DataArguments, DistillationArguments, ModelArguments, parse_arguments
+from distill_trainer.checkpoint import check_checkpoint
+from distill_trainer.documents import load_splits
+from distill_trainer.errors import DistillationError
+from distill_trainer.hub import write_model_card
+from distill_trainer.loading import load_causal_lm, load_tokenizer
+from distill_trainer.report import headline_table, write_report
+
+
+def run(names: ModelArguments, texts: DataArguments, args: DistillationArguments) -> None:
+    """Load, train, train the baseline, evaluate, report and push."""
+    started = time.monotonic()
+    if args.resume_from_checkpoint:
+        check_checkpoint(Path(args.resume_from_checkpoint))
+    set_seed(args.seed)
+    trust: dict[str, Any] = {"trust_remote_code": names.trust_remote_code}
+    tokenizers = {
+        "processing_class": load_tokenizer(names.student_model_name_or_path, **trust),
+        "teacher_processing_class": load_tokenizer(names.teacher_model_name_or_path, **trust),
+    }
+    splits = load_splits(
+        texts.datasets,
+        dataset_weights=texts.dataset_weights,
+        text_column=texts.text_column,
+        dataset_subset_size=texts.dataset_subset_size,
+        validation_fraction=texts.validation_fraction,
+        streaming=texts.streaming,
+        seed=args.seed,
+    )
+    student = load_causal_lm(names.student_model_name_or_path, initialize=names.student_init == "random", **trust)
+    teacher = load_causal_lm(names.teacher_model_name_or_path, dtype=names.teacher_dtype, **trust)
+    student_before = copy.deepcopy(student)
+    trainer = DistillationTrainer(
+        student, teacher, args, train_dataset=splits["train"], eval_dataset=splits["validation"], **tokenizers
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(_internal_call=True)
+    baseline = run_baseline(trainer, student_before) if args.run_baseline else None
+    if not args.skip_eval and trainer.is_world_process_zero():
+        report = evaluate(trainer, names, texts, student_before, baseline, list(splits["test"]["text"]), started)
+        page = write_report(
+            report,
+            trainer.state.log_history,
+            args.output_dir,
+            baseline_log_history=baseline.state.log_history if baseline else None,
+            phases=args.phase_boundaries,
+        )
+        write_model_card(
+            args.output_dir,
+            report,
+            student_name=names.student_model_name_or_path,
+            teacher_name=names.teacher_model_name_or_path,
+            datasets=texts.datasets,
+            command=report["environment"]["command"],
+        )
+        print(f"\n{headline_table(report)}\n\nReport: {page}")
+    if args.push_to_hub:
+        print(f"Pushed to {trainer.push_to_hub()}")
+
+
+def run_baseline(trainer: DistillationTrainer, student_before: torch.nn.Module) -> DistillationTrainer:
+    """Fine-tune a second copy of the student on the same batches, without a teacher."""
+    folder = os.path.join(trainer.args.output_dir, "baseline")
+    baseline = DistillationTrainer(
+        copy.deepcopy(student_before),
+        None,
+        trainer.args.lm_only(folder),
+        train_dataset=trainer.train_dataset,
+        eval_dataset=trainer.eval_dataset,
+        processing_class=trainer.student_tokenizer,
+        teacher_processing_class=trainer.teacher_tokenizer,
+    )
+    resumed = trainer.args.resume_from_checkpoint and os.path.isdir(folder)
+    baseline.train(resume_from_checkpoint=get_last_checkpoint(folder) if resumed else None)
+    baseline.save_model(_internal_call=True)
+    return baseline
+
+
+def evaluate(
+    trainer: DistillationTrainer,
+    names: ModelArguments,
+    texts: DataArguments,
+    student_before: torch.nn.Module,
+    baseline: DistillationTrainer | None,
+    test: list[str],
+    started: float,
+) -> dict:
+    """The report's figures on documents that neither training nor model selection has seen."""
+    args = trainer.args
+    trained = trainer.data_statistics.get("train") or {}
+    return evaluate_models(
+        student=args.output_dir,
+        teacher=trainer.teacher.model if trainer.teacher else names.teacher_model_name_or_path,
+        student_tokenizer=trainer.student_tokenizer,
+        teacher_tokenizer=trainer.teacher_tokenizer,
+        texts=test,
+        max_length=args.max_length,
+        batch_size=args.per_device_eval_batch_size,
+        student_before=student_before,
+        baseline=baseline.args.output_dir if baseline else None,
+        route=trainer.route if trainer.teacher and trainer.teacher.num_experts else None,
+        statistics={
+            "datasets": texts.datasets,
+            "train_documents": trained.get("documents"),
+            "train_bytes": trained.get("bytes"),
+            "anchor_fraction": trained.get("anchor_fraction"),
+            "dropped": trained.get("dropped"),
+        },
+        names={"student": args.output_dir, "teacher": names.teacher_model_name_or_path},
+        seconds=time.monotonic() - started,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0, or 2 with one line on standard error for what the user can mend."""
+    try:
+        run(*parse_arguments(arguments))
+    except DistillationError as error:
+        message = str(error)
+    except torch.OutOfMemoryError:
+        message = "The GPU is out of memory. Lower per_device_train_batch_size or max_length."
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        message = f"The disk is full: {error}. Free some space, or set save_total_limit."
+    else:
+        return 0
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

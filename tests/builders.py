@@ -1,0 +1,200 @@
+"""Small models, tokenizers, texts and batches, made from configurations and from what the package ships."""
+
+import copy
+import functools
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from distill_trainer.alignment import VocabularyProjection
+from distill_trainer.arguments import DistillationArguments
+from distill_trainer.data import DistillationCollator, prepare_dataset
+from distill_trainer.schedules import ScheduledValues
+from distill_trainer.teacher import Anchors, Teacher
+from distill_trainer.trainer import DistillationTrainer
+
+ASSETS = Path(__file__).parents[1] / "distill_trainer" / "demo_assets"
+# Rows of the heads: the teacher's is padded past its tokenizer's 4096 tokens.
+STUDENT_ROWS, TEACHER_ROWS = 2048, 4100
+MAX_LENGTH = 16
+TEXTS = [
+    "The Congress of the United States shall provide for the common defence and the general welfare of the people.",
+    "In the year 1862 the war had cost 1,000,000 dollars a day, and no end was near.",
+    "A short one, at last.",
+    "Peace with all nations has been our wish; commerce with them our interest; honesty towards them our duty.",
+    "It is with great satisfaction that I report the condition of the Treasury, which has never been better than now.",
+]
+SHAPE = {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "vocab_size": TEACHER_ROWS,
+    # Weights this large make beliefs that differ from token to token.
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "num_experts_per_tok": 2,
+}
+FAMILIES = {
+    "qwen3_moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {
+            "head_dim": 16,
+            "intermediate_size": 64,
+            "moe_intermediate_size": 32,
+            "num_experts": 4,
+            "norm_topk_prob": True,
+        },
+    ),
+    "mixtral": (MixtralForCausalLM, MixtralConfig, {"intermediate_size": 32, "num_local_experts": 4}),
+    "qwen2_moe": (
+        Qwen2MoeForCausalLM,
+        Qwen2MoeConfig,
+        {
+            "intermediate_size": 64,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+            "num_experts": 4,
+            "norm_topk_prob": False,
+        },
+    ),
+    "olmoe": (
+        OlmoeForCausalLM,
+        OlmoeConfig,
+        {"intermediate_size": 32, "num_experts": 4, "norm_topk_prob": False},
+    ),
+}
+
+
+@functools.cache
+def tokenizer(side: str, padding_side: str = "right") -> PreTrainedTokenizerBase:
+    """The tokenizer of the `student` or the `teacher`."""
+    loaded = AutoTokenizer.from_pretrained(ASSETS / side)
+    loaded.padding_side = padding_side
+    return loaded
+
+
+def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
+    """A dense model with the student's vocabulary."""
+    torch.manual_seed(seed)
+    shape = SHAPE | {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "vocab_size": STUDENT_ROWS}
+    shape.pop("num_experts_per_tok")
+    return LlamaForCausalLM(LlamaConfig(**(shape | {"initializer_range": 0.05} | changes)))
+
+
+def tiny_moe(family: str = "qwen3_moe", seed: int = 1, **changes) -> PreTrainedModel:
+    """A mixture of 4 experts, 2 per token, with the teacher's vocabulary."""
+    model_class, config_class, own = FAMILIES[family]
+    torch.manual_seed(seed)
+    return model_class(config_class(**(SHAPE | own | changes))).eval()
+
+
+@functools.cache
+def projection(teacher_rows: int = TEACHER_ROWS) -> VocabularyProjection:
+    """From the teacher's vocabulary to the student's."""
+    return VocabularyProjection.from_tokenizers(tokenizer("teacher"), tokenizer("student"), teacher_rows, STUDENT_ROWS)
+
+
+def tiny_teacher(family: str = "qwen3_moe", **changes) -> Teacher:
+    """A `Teacher` over `tiny_moe`."""
+    return Teacher(tiny_moe(family, **changes), copy.deepcopy(projection()))
+
+
+@functools.cache
+def windows(same_tokenizer: bool = False) -> Dataset:
+    """Prepared windows of `TEXTS`, of different lengths."""
+    teacher = tokenizer("student" if same_tokenizer else "teacher")
+    return prepare_dataset(Dataset.from_dict({"text": TEXTS}), tokenizer("student"), teacher, max_length=MAX_LENGTH)[0]
+
+
+def collated(rows: int = 4, *, padding_side: str = "right", same_tokenizer: bool = False) -> dict[str, torch.Tensor]:
+    """A batch of the first windows."""
+    sides = ("student", "student" if same_tokenizer else "teacher")
+    collator = DistillationCollator(*(tokenizer(side, padding_side) for side in sides))
+    return collator(list(windows(same_tokenizer).select(range(rows))))
+
+
+def every_position(input_ids: torch.Tensor) -> tuple[dict[str, torch.Tensor], Anchors]:
+    """A batch and anchors in which all of the teacher's positions are anchors."""
+    mask = torch.ones_like(input_ids, dtype=torch.bool)
+    positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    batch = {
+        "teacher_input_ids": input_ids,
+        "teacher_attention_mask": mask.long(),
+        "teacher_positions": positions,
+        "anchor_mask": mask,
+    }
+    flat = positions.reshape(-1)
+    return batch, Anchors(mask, mask.nonzero()[:, 0], flat, flat, mask.reshape(-1))
+
+
+def random_ids(seed: int = 0, batch_size: int = 2, length: int = 9, vocab_size: int = 2000) -> torch.Tensor:
+    """Token ids, `(batch_size, length)`."""
+    return torch.randint(1, vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(seed))
+
+
+def scheduled(**changes) -> ScheduledValues:
+    """Values of some step in the middle of a run."""
+    return ScheduledValues(**({"temperature": 2.0, "top_k": 2} | changes))
+
+
+def arguments(output_dir, **changes) -> DistillationArguments:
+    """Settings of a run of a few steps with all losses from the start."""
+    defaults = {
+        "output_dir": str(output_dir),
+        "use_cpu": True,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-2,
+        "router_learning_rate": 2e-2,
+        "phase_boundaries": [0.0, 0.0],
+        "final_top_k": 2,
+        "max_length": MAX_LENGTH,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    return DistillationArguments(**(defaults | changes))
+
+
+def tiny_trainer(
+    output_dir, *, student=None, teacher="qwen3_moe", callbacks=None, rows=10, **changes
+) -> DistillationTrainer:
+    """A trainer over the first windows; `teacher` is a family, a model or None."""
+    return DistillationTrainer(
+        tiny_llama() if student is None else student,
+        tiny_moe(teacher) if isinstance(teacher, str) else teacher,
+        arguments(output_dir, **changes),
+        train_dataset=windows().select(range(rows)),
+        eval_dataset=windows().select(range(5)),
+        processing_class=tokenizer("student"),
+        teacher_processing_class=tokenizer("teacher"),
+        callbacks=callbacks,
+    )
+
+
+def logged(trainer: DistillationTrainer, name: str) -> list[float]:
+    """The values of one metric in the order in which they were logged."""
+    return [entry[name] for entry in trainer.state.log_history if name in entry]

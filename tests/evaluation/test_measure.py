@@ -1,0 +1,176 @@
+import math
+from itertools import count
+
+import pytest
+import torch
+from builders import FAMILIES, STUDENT_ROWS, TEXTS, collated, tiny_llama, tiny_moe, tokenizer, windows
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from distill_trainer.evaluation import measure
+from distill_trainer.evaluation.measure import (
+    SIDES,
+    active_parameters,
+    cast_up,
+    evaluating,
+    floating_dtype,
+    measure_speed,
+    memory_kind,
+    model_size,
+    peak_memory,
+    score_tokens,
+    scored_tokens,
+)
+
+CPU = torch.device("cpu")
+
+
+def unpadded_nll(model, ids, positions):
+    """Likelihood of the tokens between first and last anchor, one token at a time in float64, without any padding."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0].double()
+    nll = 0.0
+    for index in range(positions[0] + 1, positions[-1] + 1):
+        scores = logits[index - 1]
+        nll += (torch.log(torch.exp(scores - scores.max()).sum()) + scores.max() - scores[ids[index]]).item()
+    return nll
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_the_score_is_that_of_each_token_between_the_first_and_the_last_anchor(side, padding_side):
+    model = {"student": tiny_llama, "teacher": tiny_moe}[side]()
+    ids, positions = {
+        "student": ("input_ids", "student_positions"),
+        "teacher": ("teacher_input_ids", "teacher_positions"),
+    }[side]
+    rows = list(windows().select(range(4)))
+    scores = score_tokens(model, [collated(4, padding_side=padding_side)], side)
+    expected = sum(unpadded_nll(model, row[ids], row[positions]) for row in rows)
+    assert scores["nll"] == pytest.approx(expected, rel=1e-5)
+    assert scores["tokens"] == sum(row[positions][-1] - row[positions][0] for row in rows)
+    assert scores["bytes"] == sum(row["scored_bytes"] for row in rows)
+
+
+def test_left_padding_does_not_move_the_positions_of_a_model_that_learned_them():
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=STUDENT_ROWS, n_embd=32, n_layer=1, n_head=2, n_positions=64, initializer_range=0.3)
+    model = GPT2LMHeadModel(config)
+    right, left = (score_tokens(model, [collated(4, padding_side=side)]) for side in ("right", "left"))
+    assert left["nll"] == pytest.approx(right["nll"], rel=1e-5)
+
+
+def test_batches_add_up():
+    model = tiny_llama()
+    whole, parts = score_tokens(model, [collated(4)]), score_tokens(model, [collated(4), collated(4)])
+    assert parts == {key: pytest.approx(2 * value) for key, value in whole.items()}
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_both_sides_are_scored_on_the_same_bytes(padding_side):
+    batch = collated(4, padding_side=padding_side)
+    decoded = {}
+    for side in SIDES:
+        mask = scored_tokens(batch, side, CPU)
+        ids = batch[SIDES[side][0]]
+        decoded[side] = [tokenizer(side).decode(row[kept]) for row, kept in zip(ids, mask, strict=True)]
+    assert decoded["student"] == decoded["teacher"]
+    assert [len(text.encode()) for text in decoded["student"]] == batch["scored_bytes"].tolist()
+    assert all(text and any(text in whole for whole in TEXTS) for text in decoded["student"])
+
+
+def test_a_row_with_one_anchor_scores_nothing():
+    batch = collated(2)
+    batch["anchor_mask"][0, 1:] = False
+    assert scored_tokens(batch, "student", CPU).any(dim=1).tolist() == [False, True]
+
+
+def test_evaluation_mode_is_for_the_block_only_and_leaves_every_module_as_it_was():
+    model = tiny_llama(attention_dropout=0.5).train()
+    model.lm_head.eval()
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+    assert model.training and model.model.layers[0].training and not model.lm_head.training
+    assert torch.is_grad_enabled()
+
+
+def test_scores_do_not_depend_on_the_mode_of_the_model():
+    model = tiny_llama(attention_dropout=0.5)
+    assert score_tokens(model.train(), [collated(2)]) == score_tokens(model.eval(), [collated(2)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_meets_its_top_k_of_the_experts_only(family):
+    model = tiny_moe(family)
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    assert experts > 0
+    # 2 of 4 experts work for each token.
+    assert active_parameters(model) == model.num_parameters() - experts // 2
+
+
+def test_a_dense_model_is_active_in_full():
+    model = tiny_llama()
+    assert active_parameters(model) == model.num_parameters()
+
+
+def test_tied_weights_count_once_and_sizes_follow_the_dtype():
+    free, tied = (model_size(tiny_llama(tie_word_embeddings=tie)) for tie in (False, True))
+    head = 32 * STUDENT_ROWS
+    assert free["parameters"] - tied["parameters"] == head
+    assert tied["size_mb"] == pytest.approx(4e-6 * tied["parameters"])
+    assert model_size(tiny_llama(tie_word_embeddings=True).half())["size_mb"] == pytest.approx(tied["size_mb"] / 2)
+
+
+def test_the_dtype_of_a_model_holds_all_of_its_parameters():
+    model = tiny_llama().half()
+    assert floating_dtype(model) == torch.float16
+    model.lm_head.to(torch.bfloat16)
+    assert floating_dtype(model) == torch.float32
+
+
+def test_casting_up_is_undone_bit_for_bit_and_spares_buffers():
+    model = tiny_llama().to(torch.bfloat16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    buffers = {name: value.dtype for name, value in model.named_buffers()}
+    with cast_up(model, torch.float32):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        assert {name: value.dtype for name, value in model.named_buffers()} == buffers
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert floating_dtype(model) == torch.bfloat16
+
+
+def test_speed_is_the_median_of_the_timed_passes_behind_the_warm_up(monkeypatch):
+    model, batch = tiny_llama().half(), collated(2)
+    dtypes = []
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: dtypes.append(inputs[0].dtype))
+    # Two slow passes to warm up, then five; the clock is read before and after each.
+    durations, clock = [100.0, 100.0, 4.0, 1.0, 2.0, 8.0, 50.0], [0.0]
+    ticks = count()
+
+    def perf_counter():
+        tick = next(ticks)
+        clock[0] += durations[tick // 2] if tick % 2 else 0.0
+        return clock[0]
+
+    monkeypatch.setattr(measure.time, "perf_counter", perf_counter)
+    speed = measure_speed(model, batch, dtype=torch.float32, repeats=5, warmup=2)
+    assert dtypes == [torch.float32] * 7
+    assert speed["tokens_per_second"] == int(scored_tokens(batch, "student", CPU).sum()) / 4.0
+    assert speed["bytes_per_second"] == int(batch["scored_bytes"].sum()) / 4.0
+    assert floating_dtype(model) == torch.float16
+
+
+def test_a_quantised_model_keeps_its_own_dtype_for_the_speed():
+    model = tiny_llama().to(torch.bfloat16)
+    model.is_quantized = True
+    dtypes = []
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: dtypes.append(inputs[0].dtype))
+    assert math.isfinite(measure_speed(model, collated(1), dtype=torch.float32, repeats=1)["bytes_per_second"])
+    assert set(dtypes) == {torch.bfloat16}
+
+
+def test_memory_on_a_cpu_is_the_whole_process_and_says_so():
+    model = tiny_llama()
+    assert peak_memory(model) > model_size(model)["size_mb"]
+    assert "whole process" in memory_kind(CPU)
+    assert "this model alone" in memory_kind(torch.device("cuda"))

@@ -1,0 +1,319 @@
+import copy
+import json
+import math
+import os
+import stat
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+from distill_trainer.report import headline_table, write_report
+from distill_trainer.report.build import finite, write_atomically
+from distill_trainer.report.markdown import markdown_page
+from distill_trainer.report.page import MAX_EXPERT_ROWS, html_page
+from distill_trainer.report.plots import THEMES, draw_plots, series
+from distill_trainer.report.tables import sections, token_rows
+from distill_trainer.report.wording import (
+    case_sentence,
+    model_rows,
+    number,
+    outcome,
+    parameters,
+    percent,
+    perplexity,
+    router_sentence,
+    sentences,
+    short,
+    verdict,
+)
+
+PLOT_NAMES = ["bits_per_byte", "losses", "expert_load", "schedules"]
+VOID = {"meta", "source", "img", "br"}
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class Page(HTMLParser):
+    """Tags and attributes of a page, its text, and whether every tag is closed in order."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], ""
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.text += text
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def with_bits(report, student, baseline):
+    changed = copy.deepcopy(report)
+    changed["student"]["bits_per_byte"] = student
+    changed["baseline"] = None if baseline is None else changed["baseline"] | {"bits_per_byte": baseline}
+    return changed
+
+
+def test_the_folder_holds_all_files_that_the_pages_name(report, log_history, baseline_log_history, tmp_path):
+    path = write_report(report, log_history, tmp_path, baseline_log_history=baseline_log_history, phases=[0.3, 0.6])
+    assert path == tmp_path / "report" / "report.html"
+    plots = {f"{name}{theme}.png" for name in PLOT_NAMES for theme in THEMES}
+    files = {file.name for file in path.parent.iterdir()}
+    assert files == plots | {"report.json", "report.md", "report.html"}
+    assert json.loads((path.parent / "report.json").read_text()) == report
+    page = Page(path.read_text())
+    assert {image["src"] for image in page.all("img")} | {s["srcset"] for s in page.all("source")} == plots
+    markdown = (path.parent / "report.md").read_text()
+    assert all(name in markdown for name in plots)
+    assert all((path.parent / name).read_bytes().startswith(PNG) for name in plots)
+
+
+def test_the_page_needs_no_scripts_and_no_network(report, log_history):
+    html = html_page(report, draw_plots(report, log_history, [], []))
+    page = Page(html)
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+    assert "http" not in html and "url(" not in html and "@import" not in html
+    assert all(image["alt"] for image in page.all("img"))
+
+
+def test_all_figures_of_the_headline_stand_on_every_page(report, log_history):
+    plots = draw_plots(report, log_history, [], [])
+    for text in (Page(html_page(report, plots)).text, markdown_page(report, plots), headline_table(report)):
+        for figure in ("2.8311", "2.3225", "2.2758", "1.7203", "1.7021", "2.15 M", "12.4 M"):
+            assert figure in text
+        assert verdict(report) in text and all(sentence in text for sentence in sentences(report))
+
+
+def test_pages_list_the_single_figures_and_the_command(report):
+    expected = {"5.77", "83 %", "3.91×", "0.6123", "61.9 %", "0.811", "21.7 %", "0.913", "1,912,345", "96.5 %"}
+    for text in (Page(html_page(report, [])).text, markdown_page(report, [])):
+        assert all(figure in text for figure in expected)
+        assert "run_distillation.py configs/demo.yaml --seed 0" in text
+        assert "dropped: short windows" in text and "torch 2.13.0" in text and "wandb" not in text
+
+
+def test_what_models_are_called_cannot_break_the_pages(report, tmp_path):
+    report["student"]["name"] = report["teacher"]["name"] = '<b>"a|b"</b>\nc'
+    report["environment"]["command"] = "run <script>alert(1)</script>\n# x"
+    html = html_page(report, [])
+    page = Page(html)
+    assert "script" not in {tag for tag, _ in page.tags} and '<b>"a|b"</b>' in page.text
+    markdown = markdown_page(report, [])
+    assert "<b>" not in markdown and "\\|" in markdown and "\n# x" not in markdown
+
+
+def test_markdown_tables_have_as_many_cells_in_every_row(report):
+    report["student"]["name"] = "a|b"
+    lines = markdown_page(report, []).splitlines()
+    tables = [line for line in lines if line.startswith("|")]
+    assert len(tables) > 20
+    for before, line in zip(lines, lines[1:], strict=False):
+        if before.startswith("|") and line.startswith("|"):
+            assert before.replace("\\|", "").count("|") == line.replace("\\|", "").count("|")
+
+
+def test_a_report_with_nothing_to_tell_is_still_written(tmp_path):
+    keys = ("teacher", "student_before", "student", "baseline", "compression", "retention", "router", "data")
+    path = write_report({"schema": 1, **dict.fromkeys(keys)}, [], tmp_path)
+    page = Page(path.read_text())
+    assert "No verdict" in page.text and not page.all("img")
+    assert {file.name for file in path.parent.iterdir()} == {"report.json", "report.md", "report.html"}
+
+
+def test_null_figures_are_left_out_and_do_not_read_as_numbers(report):
+    for section in ("router", "student_aware_teacher", "compression"):
+        report[section] = dict.fromkeys(report[section])
+    report["student_before"] = dict.fromkeys(report["student_before"])
+    titles = [title for title, _ in sections(report)]
+    assert "Router" not in titles and "Compression" not in titles and "Retention" in titles
+    for text in (Page(html_page(report, [])).text, markdown_page(report, []), headline_table(report)):
+        assert "None" not in text and "student before" not in text and "router makes" not in text
+
+
+def test_json_holds_no_value_that_json_cannot(report, tmp_path):
+    report["retention"]["kl_divergence"] = math.nan
+    report["student"]["word_perplexity"] = math.inf
+    report["router"]["gap"] = torch.tensor(0.5)
+    report["router"]["expert_load"] = np.array([0.5, 0.25, 0.25])
+    report["environment"]["where"] = tmp_path
+    path = write_report(report, [], tmp_path)
+    written = json.loads((path.parent / "report.json").read_text(), parse_constant=pytest.fail)
+    assert written["retention"]["kl_divergence"] is None and written["student"]["word_perplexity"] is None
+    assert written["router"]["gap"] == 0.5 and written["router"]["expert_load"] == [0.5, 0.25, 0.25]
+    assert written["environment"]["where"] == str(tmp_path)
+    assert finite((True, 3, "x", {1: math.nan})) == [True, 3, "x", {"1": None}]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    target = tmp_path / "report.json"
+    write_atomically(target, b"old")
+    assert stat.S_IMODE(target.stat().st_mode) == stat.S_IMODE(_ordinary_file(tmp_path).stat().st_mode)
+
+    def fail(*arguments):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(target, b"new")
+    assert target.read_bytes() == b"old"
+    assert {file.name for file in tmp_path.iterdir()} == {"report.json", "ordinary"}
+
+
+def _ordinary_file(folder):
+    path = folder / "ordinary"
+    path.touch()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("student", "baseline", "result", "words"),
+    [
+        (2.2758, 2.3225, "paid", "Distillation paid: the student needs 2.2758 bits per byte, 0.0467 fewer"),
+        (2.3225, 2.2758, "lost", "Fine-tuning alone did better: without a teacher the same student needs 2.2758"),
+        (2.3225, 2.3230, "draw", "A draw: the distilled student (2.3225 bits per byte)"),
+        (2.3230, 2.3225, "draw", "A draw"),
+        (2.2758, None, "unknown", "No verdict: without a baseline"),
+    ],
+)
+def test_the_verdict_says_whether_the_teacher_helped(report, student, baseline, result, words):
+    changed = with_bits(report, student, baseline)
+    assert outcome(changed) == result
+    assert verdict(changed).startswith(words)
+    assert f'class="verdict {result}"' in html_page(changed, [])
+
+
+def test_the_case_says_how_much_there_was_to_learn(report):
+    assert "closed 50 % of that gap, fine-tuning alone 46 %." in case_sentence(report)
+    report["retention"]["gap_closed_baseline"] = None
+    assert case_sentence(report).endswith("closed 50 % of that gap.")
+    report["teacher"]["bits_per_byte"] = 2.9
+    assert "little to learn" in case_sentence(report)
+    report["student_before"]["bits_per_byte"] = None
+    assert case_sentence(report) == ""
+
+
+@pytest.mark.parametrize(
+    ("aware", "words"),
+    [(1.7021, "the teacher itself better"), (1.8, "the teacher itself worse"), (1.7204, "as good as it was")],
+)
+def test_a_router_that_harms_the_teacher_is_named(report, aware, words):
+    report["student_aware_teacher"]["bits_per_byte"] = aware
+    assert words in router_sentence(report) and "22 % of the anchors" in router_sentence(report)
+
+
+def test_the_best_model_and_the_student_are_marked(report):
+    page = Page(html_page(report, []))
+    rows = [row["class"] for row in page.all("tr") if "class" in row]
+    assert rows == ["", "", "student", "", "best"]
+    assert [role for role, _ in model_rows(report)][-1] == "student_aware_teacher"
+    assert [row[0] for row in token_rows(report)] == [
+        "student before",
+        "student, no teacher",
+        "student, distilled",
+        "teacher",
+    ]
+
+
+def test_many_experts_are_cut_to_the_busiest(report, log_history):
+    count = 3 * MAX_EXPERT_ROWS
+    loads = [expert / sum(range(count)) for expert in range(count)]
+    report["router"] |= {"expert_load": loads, "gate_load": loads[::-1]}
+    page = Page(html_page(report, []))
+    bars = [tag for tag in page.all("i") if tag["class"].startswith("bar")]
+    assert len(bars) == 2 * MAX_EXPERT_ROWS
+    assert f"The busiest {MAX_EXPERT_ROWS} of {count}." in page.text
+    widths = [float(bar["style"].removeprefix("width:").removesuffix("%")) for bar in bars[::2]]
+    assert widths == sorted(widths, reverse=True) and widths[0] == pytest.approx(100 * loads[-1], abs=0.06)
+
+
+def test_the_terminal_table_is_aligned_ascii(report):
+    table = headline_table(report).splitlines()
+    rows = table[: 3 + len(model_rows(report))]
+    assert len({len(row) for row in rows}) == 1 and len(rows[0]) <= 80
+    assert headline_table(report).isascii()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        (999.0, "999"),
+        (999.6, "1 k"),
+        (12_400_000, "12.4 M"),
+        (1.3e9, "1.3 B"),
+        (0.5, "0.5"),
+    ],
+)
+def test_large_numbers_are_short(value, text):
+    assert short(value) == text
+
+
+def test_numbers_are_written_for_people():
+    assert short(14_000, "B/s") == "14 kB/s" and short(5, "B/s") == "5 B/s"
+    assert number(1234.5678, 2) == "1,234.57" and number(None) == "-" and number(3, 0, " MB") == "3 MB"
+    assert percent(0.1234, 1) == "12.3 %" and percent(None) == "-"
+    assert perplexity(1326.49) == "1,326.5" and perplexity(3e7) == "3.0e+07" and perplexity(None) == "-"
+    assert parameters({"parameters": 2e6, "active_parameters": 2e6}) == "2 M"
+    assert parameters({"parameters": 2e6, "active_parameters": 1e6}) == "2 M (1 M active)"
+
+
+def test_a_series_skips_entries_without_the_value():
+    history = [
+        {"step": 1, "loss": 2.0},
+        {"step": 2},
+        {"step": 3, "loss": None},
+        {"loss": 9.0},
+        {"step": 4, "loss": 0.0},
+    ]
+    assert series(history, "loss") == ([1, 4], [2.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "names"),
+    [
+        (("eval_",), ["bits_per_byte"]),
+        (("distill/loss_",), ["losses"]),
+        (("distill/expert_load_",), ["expert_load"]),
+        (("distill/top_k", "distill/temperature"), ["schedules"]),
+        (("loss", "grad_norm"), []),
+    ],
+)
+def test_only_what_was_logged_is_drawn(report, log_history, prefixes, names):
+    kept = [{key: entry[key] for key in entry if key == "step" or key.startswith(prefixes)} for entry in log_history]
+    plots = draw_plots(report, kept, [], [])
+    assert [plot.name for plot in plots] == names
+    assert all(set(plot.files) == {f"{plot.name}{theme}.png" for theme in THEMES} for plot in plots)
+
+
+def test_losses_that_stay_off_are_not_drawn(report):
+    history = [{"step": step, "distill/loss_kl": 0.0} for step in range(5)]
+    assert draw_plots(report, history, [], []) == []
+
+
+def test_phases_and_the_baseline_show_in_the_plots(report, log_history, baseline_log_history):
+    def picture(baseline, phases):
+        kept = [entry for entry in log_history if "eval_loss" in entry]
+        return draw_plots(report, kept, baseline, phases)[0].files["bits_per_byte.png"]
+
+    plain = picture([], [])
+    assert picture([], []) == plain
+    assert picture([], [0.5]) != plain and picture(baseline_log_history, []) != plain
+    # 0 and 1 are the ends of the run and no change of phase.
+    assert picture([], [0.0, 1.0]) == plain
+
+
+def test_the_two_themes_differ(report, log_history):
+    for plot in draw_plots(report, log_history, [], []):
+        light, dark = plot.files.values()
+        assert light != dark

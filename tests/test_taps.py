@@ -1,0 +1,225 @@
+import pytest
+import torch
+from builders import SHAPE, random_ids, tiny_llama, tiny_moe
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
+
+from distill_trainer.errors import ConfigurationError, UnsupportedModelError
+from distill_trainer.losses.attention import attention_rows
+from distill_trainer.taps import (
+    LAYERWISE_PAIRS,
+    LayerPairs,
+    attention_module,
+    decoder_layers,
+    final_norm,
+    lm_logits,
+    run_trunk,
+    uniform_layer_map,
+)
+
+DENSE = {name: value for name, value in SHAPE.items() if name != "num_experts_per_tok"} | {"intermediate_size": 64}
+
+
+def gemma2():
+    config = Gemma2Config(
+        **DENSE, head_dim=12, final_logit_softcapping=3.0, attn_logit_softcapping=None, sliding_window=64
+    )
+    return Gemma2ForCausalLM(config).eval()
+
+
+def granite():
+    return GraniteForCausalLM(GraniteConfig(**DENSE, logits_scaling=8.0, attention_multiplier=0.1)).eval()
+
+
+MODELS = {"llama": lambda: tiny_llama().eval(), "qwen3_moe": tiny_moe, "gemma2": gemma2, "granite": granite}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def padded(side, length=9, real=(9, 5)):
+    """Ids, mask, and where the real tokens of each row are."""
+    ids = random_ids(length=length)
+    mask = torch.zeros_like(ids)
+    for row, count in enumerate(real):
+        mask[row, length - count :] = 1 if side == "left" else mask[row, length - count :]
+        if side == "right":
+            mask[row, :count] = 1
+    return ids, mask
+
+
+@every_model
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_from_tapped_queries_and_keys_are_the_eager_attentions(name, side):
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    ids, mask = padded(side)
+    layers = tuple(range(model.config.num_hidden_layers))
+    with torch.no_grad():
+        taps = run_trunk(model, ids, mask, attention_layers=layers).attentions
+        model.set_attn_implementation("eager")
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        expected = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, output_attentions=True, use_cache=False
+        ).attentions
+    every = torch.arange(ids.shape[1]).expand_as(ids)
+    for layer in layers:
+        rows = attention_rows(taps[layer].query, taps[layer].key, every, mask.bool(), taps[layer].scaling)
+        real = mask.bool()[:, None, :, None].expand_as(rows)
+        torch.testing.assert_close(rows[real], expected[layer][real], atol=3e-6, rtol=0)
+
+
+@every_model
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_residuals_are_the_models_own_hidden_states(name, side):
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    ids, mask = padded(side)
+    count = model.config.num_hidden_layers
+    with torch.no_grad():
+        output = run_trunk(model, ids, mask, layers=tuple(range(count)))
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        expected = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, output_hidden_states=True, use_cache=False
+        )
+        normed = final_norm(model)(output.layers[count - 1])
+    real = mask.bool()
+    # Of the last layer, transformers gives the state behind the final norm only.
+    for layer in range(count - 1):
+        torch.testing.assert_close(output.layers[layer][real], expected.hidden_states[layer + 1][real])
+    torch.testing.assert_close(normed[real], expected.hidden_states[count][real])
+    torch.testing.assert_close(output.last_hidden_state[real], expected.hidden_states[count][real])
+
+
+def test_only_the_chosen_layers_are_kept():
+    output = run_trunk(tiny_moe(), *padded("right"), layers=(1,), attention_layers=(0, 2))
+    assert set(output.layers) == {1} and set(output.attentions) == {0, 2}
+
+
+def gpt2():
+    """Learned absolute positions, where a position off by the padding shows."""
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=2048, n_positions=16, initializer_range=0.2)
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("build", [*MODELS.values(), gpt2], ids=[*MODELS, "gpt2"])
+def test_left_padded_text_reads_as_unpadded_text(build):
+    torch.manual_seed(0)
+    model = build()
+    ids, mask = padded("left")
+    with torch.no_grad():
+        batch = run_trunk(model, ids, mask).last_hidden_state[1, -5:]
+        alone = run_trunk(model, ids[1:, -5:], mask[1:, -5:]).last_hidden_state[0]
+    torch.testing.assert_close(batch, alone, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_tapping_leaves_the_model_as_it_was(implementation):
+    model = tiny_llama()
+    model.set_attn_implementation(implementation)
+    before = model(input_ids=random_ids()).logits
+    run_trunk(model, *padded("right"), layers=(0,), attention_layers=(1,))
+    assert model.config._attn_implementation == implementation
+    assert torch.equal(model(input_ids=random_ids()).logits, before)
+    assert not any(module._forward_hooks or hasattr(module, "attention_tap") for module in model.modules())
+
+
+def test_a_failing_model_is_restored_too():
+    model = tiny_llama()
+    with pytest.raises(IndexError):
+        run_trunk(model, torch.full((1, 3), 10**6), torch.ones(1, 3), layers=(0,), attention_layers=(0,))
+    assert model.config._attn_implementation == "sdpa"
+    assert not any(module._forward_hooks or hasattr(module, "attention_tap") for module in model.modules())
+
+
+def test_tapped_queries_carry_gradients():
+    model = tiny_llama()
+    taps = run_trunk(model, *padded("right"), attention_layers=(1,)).attentions[1]
+    (taps.query.sum() + taps.key.sum()).backward()
+    assert decoder_layers(model)[1].self_attn.q_proj.weight.grad.ne(0).any()
+    assert decoder_layers(model)[1].self_attn.v_proj.weight.grad is None
+
+
+@every_model
+def test_the_head_gives_the_models_own_logits(name):
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    ids = random_ids()
+    with torch.no_grad():
+        hidden = run_trunk(model, ids, torch.ones_like(ids)).last_hidden_state
+        torch.testing.assert_close(lm_logits(model, hidden), model(input_ids=ids, use_cache=False).logits)
+
+
+def test_an_unknown_attention_is_an_error():
+    with pytest.raises(UnsupportedModelError, match="attention_weight"):
+        attention_module(torch.nn.Linear(2, 2))
+
+
+def test_gpt2_layers_and_norm_are_found():
+    model = gpt2()
+    assert decoder_layers(model) is model.transformer.h and final_norm(model) is model.transformer.ln_f
+
+
+@pytest.mark.parametrize(
+    ("students", "teachers", "expected"),
+    [(3, 3, [0, 1, 2]), (2, 4, [1, 3]), (4, 2, [0, 0, 1, 1]), (1, 5, [4]), (5, 1, [0] * 5)],
+)
+def test_a_uniform_map_keeps_relative_depth(students, teachers, expected):
+    assert uniform_layer_map(students, teachers) == expected
+
+
+@pytest.mark.parametrize(("students", "teachers"), [(30, 28), (28, 30), (6, 48), (12, 5)])
+def test_a_uniform_map_rises_and_ends_at_the_last_layer(students, teachers):
+    mapped = uniform_layer_map(students, teachers)
+    assert mapped == sorted(mapped) and mapped[-1] == teachers - 1 and min(mapped) >= 0
+
+
+def plan(students=30, teachers=28, layer_map="uniform", feature_layers=None, attention_layers=None):
+    return LayerPairs.plan(
+        students, teachers, layer_map=layer_map, feature_layers=feature_layers, attention_layers=attention_layers
+    )
+
+
+def test_the_default_plan_compares_last_layers_and_evenly_spaced_pairs():
+    pairs = plan()
+    assert pairs.feature == pairs.attention == ((29, 27),)
+    assert len(pairs.layerwise) == LAYERWISE_PAIRS and pairs.layerwise[-1] == (29, 27)
+    steps = [after[0] - before[0] for before, after in zip(pairs.layerwise, pairs.layerwise[1:], strict=False)]
+    assert max(steps) - min(steps) <= 1
+
+
+def test_a_shallow_student_is_compared_layer_by_layer():
+    assert plan(2, 4).layerwise == ((0, 1), (1, 3))
+
+
+def test_an_explicit_map_is_used_whole_and_sorted():
+    pairs = plan(layer_map=["8:20", "2:5"], feature_layers=[20], attention_layers=[6, 5])
+    assert pairs.layerwise == ((2, 5), (8, 20))
+    assert pairs.feature == ((8, 20),) and pairs.attention == ((2, 5), (2, 6))
+
+
+def test_chosen_teacher_layers_meet_the_student_layer_of_that_depth():
+    assert plan(4, 8, feature_layers=[3, 7]).feature == ((1, 3), (3, 7))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("layer_map", {"layer_map": ["30:0"]}),
+        ("layer_map", {"layer_map": ["0:28"]}),
+        ("feature_layers", {"feature_layers": [28]}),
+        ("attention_layers", {"attention_layers": [99]}),
+    ],
+)
+def test_a_layer_that_does_not_exist_is_named(name, changes):
+    with pytest.raises(ConfigurationError, match=f"{name} must name layers below 30 of the student and below 28"):
+        plan(**changes)
+
+
+def test_a_loss_without_weight_needs_no_pairs():
+    used = plan().used_by({"feature": 0.1, "layerwise": 0.0, "attention": 0.0})
+    assert used.feature and not used.layerwise and not used.attention

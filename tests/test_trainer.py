@@ -1,0 +1,380 @@
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from builders import (
+    TEXTS,
+    arguments,
+    logged,
+    projection,
+    tiny_llama,
+    tiny_moe,
+    tiny_trainer,
+    tokenizer,
+    windows,
+)
+from datasets import Dataset
+from test_moe import tiny_jetmoe
+from transformers import TrainerCallback
+
+from distill_trainer.errors import ConfigurationError, UnsupportedModelError
+from distill_trainer.router import GAP_WARMUP_STEPS
+from distill_trainer.schedules import LOSS_NAMES
+from distill_trainer.trainer import DistillationTrainer
+
+ONLY_TEXT = {f"{name}_weight": 0.0 for name in LOSS_NAMES if name != "lm"}
+
+
+def test_what_trains_moves_and_the_teacher_does_not(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    before = copy.deepcopy(trainer.distillation_model.state_dict())
+    teacher = copy.deepcopy(trainer.teacher.model.state_dict())
+    trainer.train()
+    still = {n for n, p in trainer.distillation_model.named_parameters() if torch.equal(before[n], p)}
+    assert not still
+    assert all(torch.equal(teacher[n], value) for n, value in trainer.teacher.model.state_dict().items())
+    assert not trainer.teacher.model.training
+
+
+def test_training_lowers_the_students_and_the_routers_loss(tmp_path):
+    # One batch over and over: every loss but the contrastive one is a function of the weights alone.
+    trainer = tiny_trainer(
+        tmp_path,
+        max_steps=12,
+        per_device_train_batch_size=10,
+        temperature=1.0,
+        final_top_k=1,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+    )
+    trainer.train()
+    for name in ("kl", "lm", "feature", "router"):
+        curve = logged(trainer, f"distill/loss_{name}")
+        assert len(curve) == 12 and curve[-1] < curve[0], name
+    assert logged(trainer, "distill/router_ce")[-1] < logged(trainer, "distill/router_ce")[0]
+
+
+def test_two_learning_rates_follow_the_schedule_and_norms_do_not_decay(tmp_path):
+    rates = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+
+    trainer = tiny_trainer(tmp_path, callbacks=[Watch()], weight_decay=0.1, gradient_accumulation_steps=2)
+    trainer.train()
+    groups = trainer.optimizer.param_groups
+    # Student and rest, each with and without decay; four optimizer steps on the line to 0.
+    for step, found in enumerate(rates):
+        remaining = 1 - step / 4
+        assert found == pytest.approx([1e-2 * remaining] * 2 + [2e-2 * remaining] * 2)
+    assert logged(trainer, "learning_rate") == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    decaying = {names[id(p)] for group in groups if group["weight_decay"] > 0 for p in group["params"]}
+    plain = {names[id(p)] for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.1} and not decaying & plain
+    assert decaying | plain == set(names.values())
+    assert plain == {name for name in names.values() if "norm" in name or name.endswith("bias")}
+    for group, expected in zip(groups, (True, True, False, False), strict=True):
+        assert all(names[id(p)].startswith("student.") is expected for p in group["params"])
+
+
+def test_all_scheduled_and_measured_values_are_in_the_log(tmp_path):
+    trainer = tiny_trainer(tmp_path, final_top_k=4, eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    measured = [f"loss_{name}" for name in (*LOSS_NAMES, "router")] + [f"expert_load_{e}" for e in range(4)]
+    measured += [f"weight_{name}" for name in LOSS_NAMES]
+    measured += [f"router_{name}" for name in ("ce", "student_kl", "anchor_kl", "balance", "capacity_bce", "entropy")]
+    measured += ["temperature", "router_temperature", "top_k", "capacity", "gap", "gap_ratio", "changed_fraction"]
+    for name in measured:
+        values = logged(trainer, f"distill/{name}")
+        assert len(values) == 4 and all(math.isfinite(value) for value in values), name
+    assert logged(trainer, "distill/temperature") == pytest.approx([4.0, 2.5, 1.0, 1.0])
+    assert logged(trainer, "distill/top_k") == [1, 3, 4, 4]
+    assert len(logged(trainer, "eval_loss")) == len(logged(trainer, "eval_bits_per_byte")) == 2
+    assert all("step" in entry for entry in trainer.state.log_history)
+
+
+def test_the_logged_loss_is_the_weighted_sum_of_the_logged_losses(tmp_path):
+    trainer = tiny_trainer(tmp_path, gradient_accumulation_steps=2)
+    trainer.train()
+    for entry in trainer.state.log_history[:-1]:
+        total = sum(entry[f"distill/weight_{name}"] * entry[f"distill/loss_{name}"] for name in LOSS_NAMES)
+        assert entry["loss"] == pytest.approx(total + entry["distill/loss_router"], rel=1e-4)
+
+
+def test_logged_values_are_means_over_the_steps_between_logs(tmp_path):
+    every, second = (tiny_trainer(tmp_path, logging_steps=steps) for steps in (1, 2))
+    every.train()
+    second.train()
+    for name in ("distill/loss_kl", "distill/gap", "loss"):
+        single = logged(every, name)
+        expected = [(single[0] + single[1]) / 2, (single[2] + single[3]) / 2]
+        assert logged(second, name) == pytest.approx(expected, rel=1e-5)
+
+
+def test_losses_join_at_the_phase_boundaries(tmp_path):
+    trainer = tiny_trainer(tmp_path, phase_boundaries=[0.25, 0.5])
+    trainer.train()
+    present = [
+        {name for name in LOSS_NAMES if f"distill/loss_{name}" in entry} for entry in trainer.state.log_history[:4]
+    ]
+    second = {"kl", "lm", "feature", "attention"}
+    assert present == [{"kl", "lm"}, second, set(LOSS_NAMES), set(LOSS_NAMES)]
+
+
+def test_a_loss_without_weight_has_no_modules_and_is_not_computed(tmp_path):
+    off = {"feature_weight": 0.0, "layerwise_weight": 0.0, "contrastive_weight": 0.0, "attention_weight": 0.0}
+    trainer = tiny_trainer(tmp_path, **off)
+    trainer.train()
+    names = {name.split(".")[0] for name, _ in trainer.distillation_model.named_parameters()}
+    assert names == {"student", "router"}
+    assert logged(trainer, "distill/loss_kl") and not logged(trainer, "distill/loss_feature")
+
+
+def test_the_weights_stay_when_the_gap_schedule_is_off(tmp_path):
+    # This teacher knows less than the student, so that the schedule would take its weight away.
+    trainer = tiny_trainer(tmp_path, gap_schedule=False, max_steps=GAP_WARMUP_STEPS + 4)
+    trainer.train()
+    assert set(logged(trainer, "distill/weight_kl")) == {0.7}
+    assert trainer.distillation_model.gap.ratio() < 1
+
+
+def test_an_adapter_run_trains_adapters_only_and_leaves_a_plain_student(tmp_path):
+    trainer = tiny_trainer(tmp_path, use_peft=True, lora_r=4, save_strategy="steps", save_steps=4)
+    before = copy.deepcopy(trainer.distillation_model.state_dict())
+    trainer.train()
+    moved = {n for n, p in trainer.distillation_model.named_parameters() if not torch.equal(before[n], p)}
+    student = {name for name in moved if name.startswith("student.")}
+    assert student and all("lora_" in name for name in student) and any(n.startswith("router.") for n in moved)
+    assert (tmp_path / "checkpoint-4" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "checkpoint-4" / "model.safetensors").exists()
+
+
+def bits_per_byte(student):
+    """A plain loop over the windows, each alone."""
+    nats = num_bytes = tokens = 0.0
+    for window in windows().select(range(5)):
+        ids = torch.tensor([window["input_ids"]])
+        with torch.no_grad():
+            logprobs = student(input_ids=ids).logits[0].double().log_softmax(-1)
+        first, last = window["student_positions"][0], window["student_positions"][-1]
+        for position in range(first + 1, last + 1):
+            nats -= logprobs[position - 1, ids[0, position]].item()
+            tokens += 1
+        num_bytes += window["scored_bytes"]
+    return nats / num_bytes / math.log(2), nats / tokens
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_evaluation_equals_a_plain_loop_over_the_windows(tmp_path, padding_side, batch_size):
+    student = tiny_llama(initializer_range=0.2).eval()
+    expected = bits_per_byte(student)
+    trainer = DistillationTrainer(
+        student,
+        tiny_moe(),
+        arguments(tmp_path, per_device_eval_batch_size=batch_size),
+        eval_dataset=windows().select(range(5)),
+        processing_class=tokenizer("student", padding_side),
+        teacher_processing_class=tokenizer("teacher", padding_side),
+    )
+    metrics = trainer.evaluate()
+    assert (metrics["eval_bits_per_byte"], metrics["eval_loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation_does_not_depend_on_schedules_or_losses(tmp_path):
+    trainer = tiny_trainer(tmp_path, phase_boundaries=[0.5, 0.75])
+    found = []
+    for temperature, top_k, weights in ((4.0, 1, {}), (1.0, 4, dict.fromkeys(LOSS_NAMES, 9.0))):
+        trainer.values.temperature, trainer.values.top_k, trainer.values.loss_weights = temperature, top_k, weights
+        found.append(trainer.evaluate()["eval_bits_per_byte"])
+    alone = tiny_trainer(tmp_path, teacher=None, **ONLY_TEXT)
+    assert found[0] == found[1] == alone.evaluate()["eval_bits_per_byte"]
+
+
+def test_evaluating_during_training_changes_nothing(tmp_path):
+    plain, watched = tiny_trainer(tmp_path), tiny_trainer(tmp_path, eval_strategy="steps", eval_steps=1)
+    plain.train()
+    watched.train()
+    for name, value in plain.distillation_model.state_dict().items():
+        assert torch.equal(watched.distillation_model.state_dict()[name], value)
+    assert logged(plain, "distill/loss_kl") == logged(watched, "distill/loss_kl")
+
+
+def test_text_alone_needs_no_teacher_and_is_plain_fine_tuning(tmp_path):
+    student = tiny_llama()
+    reference = copy.deepcopy(student)
+    trainer = tiny_trainer(
+        tmp_path,
+        student=student,
+        teacher=None,
+        max_steps=1,
+        optim="sgd",
+        max_grad_norm=0.0,
+        train_sampling_strategy="sequential",
+        **ONLY_TEXT,
+    )
+    trainer.train()
+    assert trainer.teacher is None and trainer.distillation_model.router is None
+    assert {name.split(".")[0] for name, _ in trainer.distillation_model.named_parameters()} == {"student"}
+    losses = []
+    for window in windows().select(range(2)):
+        ids = torch.tensor([window["input_ids"]])
+        losses.append(F.cross_entropy(reference(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none"))
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    assert logged(trainer, "loss") == pytest.approx([loss.item()], rel=1e-5)
+    for (name, before), after in zip(reference.named_parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(after, before - 1e-2 * before.grad, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_losses_that_need_a_teacher_are_an_error_without_one(tmp_path):
+    with pytest.raises(ConfigurationError, match="teacher_model must be given unless lm_weight"):
+        tiny_trainer(tmp_path, teacher=None)
+
+
+def test_a_dense_teacher_trains_without_a_router(tmp_path):
+    trainer = tiny_trainer(tmp_path, teacher=tiny_llama(seed=3, vocab_size=4100))
+    trainer.train()
+    assert trainer.distillation_model.router is None and len(logged(trainer, "distill/loss_kl")) == 4
+    assert not logged(trainer, "distill/top_k") and not logged(trainer, "distill/loss_router")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "olmoe"])
+def test_every_family_trains_its_router(tmp_path, family):
+    trainer = tiny_trainer(tmp_path, teacher=family, max_steps=2)
+    before = trainer.distillation_model.router.query.weight.clone()
+    trainer.train()
+    assert not torch.equal(before, trainer.distillation_model.router.query.weight)
+
+
+def test_a_mixture_whose_experts_cannot_be_found_is_an_error_before_any_data_is_read(tmp_path):
+    with pytest.raises(UnsupportedModelError, match="cannot be found"):
+        DistillationTrainer(
+            tiny_llama(),
+            _jetmoe(),
+            arguments(tmp_path),
+            train_dataset=Dataset.from_dict({"wrong": [1]}),
+            processing_class=tokenizer("student"),
+            teacher_processing_class=tokenizer("teacher"),
+        )
+
+
+def _jetmoe():
+    model = tiny_jetmoe()
+    model.resize_token_embeddings(4100)
+    return model
+
+
+def test_more_experts_than_the_teacher_has_are_cut_with_one_warning(tmp_path, caplog):
+    trainer = tiny_trainer(tmp_path, initial_top_k=7, final_top_k=9)
+    trainer.train()
+    assert set(logged(trainer, "distill/top_k")) == {4}
+    assert sum("top_k is cut to 4" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_plain_text_is_prepared_by_the_trainer(tmp_path):
+    trainer = DistillationTrainer(
+        tiny_llama(),
+        tiny_moe(),
+        arguments(tmp_path, max_steps=1),
+        train_dataset=Dataset.from_dict({"text": TEXTS}),
+        eval_dataset=Dataset.from_dict({"text": TEXTS[:2]}),
+        processing_class=tokenizer("student"),
+        teacher_processing_class=tokenizer("teacher"),
+    )
+    trainer.train()
+    assert trainer.train_dataset["input_ids"] == windows()["input_ids"]
+    assert trainer.data_statistics["train"]["documents"] == len(TEXTS)
+    assert math.isfinite(trainer.evaluate()["eval_bits_per_byte"])
+
+
+def test_a_model_without_a_name_needs_its_tokenizer(tmp_path):
+    with pytest.raises(ConfigurationError, match="teacher_processing_class must be given"):
+        DistillationTrainer(tiny_llama(), tiny_moe(), arguments(tmp_path), processing_class=tokenizer("student"))
+
+
+def test_models_may_be_given_as_folders(tmp_path):
+    for side, model in (("student", tiny_llama()), ("teacher", tiny_moe())):
+        model.save_pretrained(tmp_path / side)
+        tokenizer(side).save_pretrained(tmp_path / side)
+    trainer = DistillationTrainer(
+        str(tmp_path / "student"),
+        str(tmp_path / "teacher"),
+        arguments(tmp_path / "out", max_steps=1),
+        train_dataset=windows(),
+    )
+    trainer.train()
+    assert trainer.teacher.num_experts == 4 and len(logged(trainer, "distill/loss_kl")) == 1
+
+
+def test_the_routers_choice_for_a_batch_can_be_looked_at(tmp_path):
+    trainer = tiny_trainer(tmp_path, final_top_k=2)
+    trainer.train()
+    batch = trainer.data_collator(list(windows().select(range(3))))
+    routed = trainer.route(batch)
+    assert routed.selected_experts.shape == routed.routing_weights.shape == (int(routed.mask.sum()), 2)
+    assert not routed.logprobs.requires_grad
+    assert routed.logprobs.shape == (int(routed.mask.sum()), projection().student_vocab_size)
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path):
+    plain, recomputed = tiny_trainer(tmp_path), tiny_trainer(tmp_path, gradient_checkpointing=True)
+    plain.train()
+    recomputed.train()
+    assert logged(recomputed, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-4)
+
+
+def test_bf16_autocast_trains(tmp_path):
+    trainer = tiny_trainer(tmp_path, bf16=True)
+    trainer.train()
+    assert all(math.isfinite(value) for value in logged(trainer, "loss"))
+    assert all(p.dtype == torch.float32 for p in trainer.distillation_model.parameters())
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path,
+        learning_rate=3.0,
+        lr_scheduler_type="constant",
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="bits_per_byte",
+        greater_is_better=False,
+    )
+    trainer.train()
+    curve = logged(trainer, "eval_bits_per_byte")
+    assert curve[-1] > min(curve)
+    assert trainer.evaluate()["eval_bits_per_byte"] == pytest.approx(min(curve), rel=1e-6)
+
+
+def test_tensorboard_gets_our_metrics(tmp_path, monkeypatch):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    tiny_trainer(tmp_path, max_steps=2, report_to="tensorboard").train()
+    events = event_accumulator.EventAccumulator(str(tmp_path / "events")).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/distill/loss_kl", "train/distill/gap", "train/distill/top_k", "train/loss"} <= tags
+    assert [event.step for event in events.Scalars("train/distill/loss_kl")] == [1, 2]
+
+
+def test_wandb_gets_our_metrics_offline(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    trainer = tiny_trainer(tmp_path, max_steps=2, report_to="wandb")
+    try:
+        trainer.train()
+        summary = dict(wandb.run.summary)
+    finally:
+        wandb.finish()
+    assert summary["train/global_step"] == 2
+    for name in ("loss_kl", "router_ce", "top_k"):
+        assert summary[f"train/distill/{name}"] == logged(trainer, f"distill/{name}")[-1]
+    assert list(tmp_path.rglob("*.wandb"))
