@@ -1,247 +1,123 @@
-"""Where two tokenizers have read the same text, and a teacher's beliefs in the student's vocabulary.
+"""Two tokenizations of one text: where they meet, and how beliefs over one vocabulary read in the other."""
 
-Both tokenizers must be byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM, OLMo, ...): there a token is a string of bytes, so
-that the end of every token is known from the tokens alone. The offsets that tokenizers report are not used: for text
-that a normaliser composes they cover only the first of the composed characters.
-"""
+import unicodedata
 
-import math
-import re
-import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
-from unicodedata import normalize
-
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from distill_trainer.errors import ConfigurationError, TokenizerError
+from distill_trainer.errors import TokenizerError
+
+# The alphabet of byte-level vocabularies (GPT-2): printable Latin-1 bytes are themselves, the rest follow from 256.
+PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+CHARACTER_OF_BYTE = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
+BYTE_OF_CHARACTER = {character: byte for byte, character in CHARACTER_OF_BYTE.items()}
+ROLES = ("eos_token_id", "bos_token_id", "pad_token_id", "unk_token_id")
+NO_BOUNDARY = -1
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet: the byte of each character that may stand in a byte-level token's string."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    """Token ids of a text, and where in the text each token ends.
 
-
-BYTE_OF_LETTER = _byte_alphabet()
-LETTER_OF_BYTE = {byte: letter for letter, byte in BYTE_OF_LETTER.items()}
-
-
-class TokenBytes:
-    """The bytes of every token of a byte-level BPE tokenizer.
+    No special tokens are added, and text that looks like one is plain text. Ends are counted in characters of the
+    original text, whatever the tokenizer normalises. They come from the tokens' own bytes, because reported offsets
+    leave out characters that a normaliser composed, and blanks that a post-processor trims.
 
     Args:
-        tokenizer: A fast tokenizer.
-
-    Attributes:
-        of_id: Bytes of each token, a list of `num_rows` (highest token id + 1). Empty for ids that are no token.
-        lengths: Number of bytes of each token, `(num_rows,)`.
-        special_ids: Tokens that stand for no text, such as end-of-text.
-        id_of_bytes: The token that holds exactly these bytes, special tokens excluded.
-        absent: Finds a byte that has no token (SmolLM's vocabulary lacks some control characters: its tokenizer drops
-            them silently). None when every byte has one.
-
-    Raises:
-        TokenizerError: If tokens are not strings of bytes, or text is changed by more than canonical composition.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        _check_byte_level(tokenizer)
-        vocabulary = tokenizer.get_vocab()
-        added = {index: token for index, token in tokenizer.added_tokens_decoder.items()}
-        self.special_ids = frozenset(index for index, token in added.items() if token.special)
-        self.of_id = [b""] * (max(vocabulary.values()) + 1)
-        try:
-            for token, index in vocabulary.items():
-                self.of_id[index] = token.encode() if index in added else bytes(BYTE_OF_LETTER[c] for c in token)
-        except KeyError as error:
-            raise TokenizerError(
-                f"{_name(tokenizer)} must be a byte-level BPE tokenizer, got the token {token!r}, which is no string of "
-                "bytes. Choose a model of the GPT-2, Llama 3, Qwen or SmolLM kind."
-            ) from error
-        self.lengths = np.array([len(piece) for piece in self.of_id])
-        # Added tokens come last: where one repeats the bytes of a normal token, the tokenizer chooses the added one.
-        order = sorted(vocabulary.values(), key=added.__contains__)
-        self.id_of_bytes = {self.of_id[index]: index for index in order if index not in self.special_ids}
-        absent = [byte for byte in range(256) if bytes([byte]) not in self.id_of_bytes]
-        self.absent = re.compile(b"[" + b"".join(re.escape(bytes([byte])) for byte in absent) + b"]") if absent else None
-
-
-def _name(tokenizer: PreTrainedTokenizerBase) -> str:
-    return tokenizer.name_or_path or type(tokenizer).__name__
-
-
-def _check_byte_level(tokenizer: PreTrainedTokenizerBase) -> None:
-    if not getattr(tokenizer, "is_fast", False):
-        raise TokenizerError(
-            f"{_name(tokenizer)} must be a fast tokenizer, got {type(tokenizer).__name__}, which gives no offsets. "
-            "Load it with AutoTokenizer and install the package 'tokenizers', or choose another model."
-        )
-    backend = tokenizer.backend_tokenizer
-    if type(backend.model).__name__ != "BPE":
-        raise TokenizerError(
-            f"{_name(tokenizer)} must be a byte-level BPE tokenizer, got a {type(backend.model).__name__} model. "
-            "Choose a model of the GPT-2, Llama 3, Qwen or SmolLM kind."
-        )
-    normalisers = set(re.findall(r"(\w+)\(", repr(backend.normalizer))) - {"Sequence"}
-    if not normalisers <= {"NFC", "NFD"} or "add_prefix_space=True" in repr(backend.pre_tokenizer):
-        raise TokenizerError(
-            f"{_name(tokenizer)} must read the text as it is (at most NFC or NFD), got {backend.normalizer!r} and "
-            f"{backend.pre_tokenizer!r}. Load it with add_prefix_space=False, or choose another model."
-        )
-
-
-_TOKEN_BYTES: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, TokenBytes]" = weakref.WeakKeyDictionary()
-
-
-def token_bytes(tokenizer: PreTrainedTokenizerBase) -> TokenBytes:
-    """The tokenizer's `TokenBytes`, made once and again only after tokens were added."""
-    known = _TOKEN_BYTES.get(tokenizer)
-    if known is None or sum(map(bool, known.of_id)) != len(tokenizer):
-        known = _TOKEN_BYTES[tokenizer] = TokenBytes(tokenizer)
-    return known
-
-
-@dataclass(frozen=True)
-class TokenEnds:
-    """A text's tokens and where each ends.
-
-    Attributes:
-        input_ids: The tokens, special tokens excluded, `(num_tokens,)`.
-        read: The text as the tokenizer reads it: normalised, and up to the first character that it drops.
-        read_ends: Characters of `read` up to the end of each token, `(num_tokens,)`. -1 where the token ends inside a
-            character or behind `read`. Increasing where not -1.
-        ends: The same in characters of the original text; -1 also where a normaliser moved or composed characters
-            across the token's end.
-        complete: False when the tokenizer dropped a character.
-    """
-
-    input_ids: np.ndarray
-    read: str
-    read_ends: np.ndarray
-    ends: np.ndarray
-    complete: bool
-
-    def part(self, start: int, stop: int) -> "TokenEnds":
-        """The tokens from `start` to `stop` (excluded) as a text of their own; both must be at ends of the text."""
-        read_start, text_start = (self.read_ends[start - 1], self.ends[start - 1]) if start else (0, 0)
-
-        def shifted(ends: np.ndarray, by: int) -> np.ndarray:
-            return np.where(ends[start:stop] < 0, -1, ends[start:stop] - by)
-
-        return TokenEnds(
-            input_ids=self.input_ids[start:stop],
-            read=self.read[read_start : self.read_ends[stop - 1]],
-            read_ends=shifted(self.read_ends, read_start),
-            ends=shifted(self.ends, text_start),
-            complete=self.complete,
-        )
-
-
-def equivalent_offsets(first: str, second: str) -> np.ndarray:
-    """For each offset of `first` the offset of `second` where both have read canonically equivalent text, else -1.
-
-    The strings are normalisations of one text, or beginnings of such. Composition merges characters and canonical
-    ordering moves combining marks past each other, so two prefixes are equivalent exactly when their decompositions hold
-    the same letters (https://www.unicode.org/reports/tr15/, definition D70 of the standard). Every character is read once.
+        tokenizer: A fast tokenizer with a byte-level vocabulary.
+        text: Any text.
 
     Returns:
-        `(len(first) + 1,)`, increasing where not -1.
-    """
-    offsets = np.full(len(first) + 1, -1)
-    offsets[0] = 0
-    strings, read, letters = (first, second), [0, 0], [0, 0]
-    unmatched: dict[str, int] = {}
-    while read[side := int(letters[0] > letters[1])] < len(strings[side]):
-        for letter in normalize("NFD", strings[side][read[side]]):
-            letters[side] += 1
-            unmatched[letter] = unmatched.get(letter, 0) + (1, -1)[side]
-            if unmatched[letter] == 0:
-                del unmatched[letter]
-        read[side] += 1
-        if not unmatched:
-            offsets[read[0]] = read[1]
-    return offsets
-
-
-def _read_text(table: TokenBytes, input_ids: np.ndarray, text: str, normaliser) -> tuple[str, bool]:
-    """The text that the tokens hold up to the first character that was dropped, and whether none was."""
-    pieces = b"".join([table.of_id[index] for index in input_ids])
-    if table.absent is not None:
-        normalised = (text if normaliser is None else normaliser.normalize_str(text)).encode()
-        if dropped := table.absent.search(normalised):
-            return normalised[: dropped.start()].decode(errors="ignore"), False
-    return pieces.decode(), True
-
-
-def _character_ends(byte_ends: np.ndarray, text: str) -> np.ndarray:
-    """Characters of `text` up to each number of UTF-8 bytes, -1 inside a character or behind the text."""
-    encoded = np.frombuffer(text.encode(), dtype=np.uint8)
-    # One more start behind the last byte: the end of the text is the end of a character.
-    starts = np.append((encoded & 0xC0) != 0x80, True)
-    characters = np.where(starts, np.cumsum(starts) - 1, -1)
-    return np.where(byte_ends < len(starts), characters[np.minimum(byte_ends, len(encoded))], -1)
-
-
-def token_ends(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[TokenEnds]:
-    """Tokens of each text and their ends, in time linear in the texts' lengths.
-
-    What looks like a special token is read as plain text, and no special token is added.
+        Ids and ends, equally long. An end is -1 where the tokens up to there do not hold exactly a prefix of the text:
+        inside a character, or inside a group of characters that the tokenizer normalises together.
 
     Raises:
-        TokenizerError: If the tokenizer is not a fast byte-level BPE.
+        TokenizerError: If the tokenizer gives no offsets, is not byte-level, or changes the text.
     """
-    table = token_bytes(tokenizer)
-    if not texts:
-        return []
-    # pylint-free one call for all: the Rust side encodes in parallel. verbose=False: documents may pass the model's length.
-    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    results = []
-    for text, token_list in zip(texts, encoded):
-        input_ids = np.asarray(token_list, dtype=np.int64)
-        read, complete = _read_text(table, input_ids, text, tokenizer.backend_tokenizer.normalizer)
-        read_ends = ends = _character_ends(np.cumsum(table.lengths[input_ids]), read)
-        if read != text[: len(read)]:
-            ends = np.where(read_ends < 0, -1, equivalent_offsets(read, text)[read_ends])
-        results.append(TokenEnds(input_ids, read, read_ends, ends, complete))
-    return results
+    check_byte_level(tokenizer)
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    normalized, ends = _normalization_ends(tokenizer, text)
+    # Byte offset in the normalised text -> character offset in the original.
+    end_at_byte, position = {}, 0
+    for index, character in enumerate(normalized, 1):
+        position += len(character.encode("utf-8", "surrogatepass"))
+        if index in ends:
+            end_at_byte[position] = ends[index]
+    token_ends, consumed = [], 0
+    for token in tokenizer.convert_ids_to_tokens(ids):
+        consumed += len(token_bytes(token))
+        token_ends.append(end_at_byte.get(consumed, NO_BOUNDARY))
+    if consumed != position:
+        raise TokenizerError(
+            f"The tokenizer {type(tokenizer).__name__} does not keep the bytes of the text: {position} bytes went in, "
+            f"{consumed} came out. Use a tokenizer that decodes to what it encoded."
+        )
+    return ids, token_ends
 
 
-def shared_ends(student: TokenEnds, teacher: TokenEnds) -> list[tuple[int, int]]:
-    """The anchors: (student position, teacher position) of all tokens after which both have read the same text.
+def token_bytes(token: str) -> bytes:
+    """The bytes that a token of a byte-level vocabulary stands for. An added token stands for its own text."""
+    if all(character in BYTE_OF_CHARACTER for character in token):
+        return bytes(BYTE_OF_CHARACTER[character] for character in token)
+    return token.encode("utf-8")
 
-    "The same" is up to canonical equivalence, which is all that normalisers may change. Linear in the lengths.
+
+def check_byte_level(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a `TokenizerError` unless it is a fast tokenizer whose tokens are written in the byte-level alphabet."""
+    name = type(tokenizer).__name__
+    if not tokenizer.is_fast:
+        raise TokenizerError(
+            f"The tokenizer {name} gives no offsets, so its tokens cannot be aligned with text. Use a fast tokenizer "
+            "(one with a tokenizer.json)."
+        )
+    decoder = tokenizer.backend_tokenizer.decoder
+    if decoder is None or b'"ByteLevel"' not in decoder.__getstate__():
+        raise TokenizerError(
+            f"The tokenizer {name} is not byte-level (as those of GPT-2, Llama 3, Qwen and SmolLM are). "
+            "Only byte-level tokenizers can be aligned."
+        )
+
+
+def _normalization_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, dict[int, int]]:
+    """The text as the tokenizer normalises it, and which of its prefixes are those of which original prefixes.
+
+    Returns:
+        The normalised text, and a map from lengths of its prefixes to lengths of the original's, in characters.
     """
-    teacher_position = np.full(len(teacher.read) + 1, -1)
-    (whole,) = np.nonzero(teacher.read_ends >= 0)
-    teacher_position[teacher.read_ends[whole]] = whole
-    (candidates,) = np.nonzero(student.read_ends >= 0)
-    offsets = student.read_ends[candidates]
-    if student.read != teacher.read:
-        offsets = equivalent_offsets(student.read, teacher.read)[offsets]
-    partners = np.where(offsets < 0, -1, teacher_position[offsets])
-    return [(int(i), int(j)) for i, j in zip(candidates, partners) if j >= 0]
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    if normalizer is None or normalizer.normalize_str(text) == text:
+        return text, {length: length for length in range(1, len(text) + 1)}
+    ends, pieces, length, start = {}, [], 0, 0
+    for position in range(1, len(text) + 1):
+        # A group ends where the next character neither combines with it nor changes it.
+        if position < len(text):
+            following = text[position]
+            group = text[start:position]
+            if unicodedata.combining(following) or (
+                not following.isascii()
+                and normalizer.normalize_str(group + following)
+                != normalizer.normalize_str(group) + normalizer.normalize_str(following)
+            ):
+                continue
+        pieces.append(normalizer.normalize_str(text[start:position]))
+        length += len(pieces[-1])
+        ends[length] = position
+        start = position
+    return "".join(pieces), ends
 
 
-def window_bounds(student: TokenEnds, max_length: int) -> list[tuple[int, int]]:
-    """Cuts a text into windows (start, stop) of at most `max_length` student tokens, each as long as it can be.
-
-    Cuts are where the text has a character boundary. Tokens from which no cut is within reach are left out.
-    """
-    (cuts,) = np.nonzero(student.ends >= 0)
-    bounds, start, last = [], 0, 0
-    for cut in cuts.tolist():
-        stop = cut + 1
-        if stop - start > max_length:
-            if last > start:
-                bounds.append((start, last))
-            start = last if stop - last <= max_length else stop
-        last = stop
-    return [*bounds, (start, last)] if last > start else bounds
+def merge_ends(student_ends: list[int], teacher_ends: list[int]) -> list[tuple[int, int]]:
+    """Pairs of positions whose tokens end at the same place, by one walk over both lists."""
+    pairs, teacher = [], 0
+    for student, end in enumerate(student_ends):
+        if end == NO_BOUNDARY:
+            continue
+        while teacher < len(teacher_ends) and teacher_ends[teacher] < end:
+            teacher += 1
+        if teacher < len(teacher_ends) and teacher_ends[teacher] == end:
+            pairs.append((student, teacher))
+    return pairs
 
 
 def anchor_pairs(
@@ -250,40 +126,44 @@ def anchor_pairs(
     text: str,
     max_length: int | None = None,
 ) -> list[tuple[int, int]]:
-    """Anchors of one text: where both tokenizers have read exactly the same characters.
+    """Where both tokenizations of a text have read exactly the same: the anchors.
 
     Args:
-        student_tokenizer: Fast byte-level BPE tokenizer.
-        teacher_tokenizer: The same kind, any vocabulary.
+        student_tokenizer: A fast byte-level tokenizer.
+        teacher_tokenizer: Another, or the same.
         text: Any text.
-        max_length: Only the first window, of at most this many student tokens. None takes the whole text.
+        max_length: Only the first window of at most this many student tokens. None takes the whole text.
 
     Returns:
-        (student position, teacher position) in the encodings without special tokens, both strictly increasing.
+        `(student position, teacher position)` of every anchor, both strictly increasing, in the encodings without
+        special tokens. For equal tokenizers every position that ends at a character is paired with itself.
 
     Raises:
-        TokenizerError: If a tokenizer is not a fast byte-level BPE.
+        TokenizerError: If a tokenizer cannot be aligned.
     """
-    (student,) = token_ends(student_tokenizer, [text])
-    if max_length is not None and len(student.input_ids) > max_length:
-        bounds = window_bounds(student, max_length)
-        if not bounds or bounds[0][0] > 0:
-            token_bytes(teacher_tokenizer)
-            return []
-        student, text = student.part(*bounds[0]), text[: student.ends[bounds[0][1] - 1]]
-    (teacher,) = token_ends(teacher_tokenizer, [text])
-    return shared_ends(student, teacher)
+    student_ends = encode(student_tokenizer, text)[1]
+    if max_length is not None and len(student_ends) > max_length:
+        size = window_size(student_ends, max_length)
+        text = text[: student_ends[size - 1]] if size else ""
+        student_ends = student_ends[:size]
+    return merge_ends(student_ends, encode(teacher_tokenizer, text)[1])
+
+
+def window_size(ends: list[int], max_length: int) -> int:
+    """How many tokens make the longest window of at most `max_length` that ends at a character; 0 if none does."""
+    return next((size for size in range(min(max_length, len(ends)), 0, -1) if ends[size - 1] != NO_BOUNDARY), 0)
 
 
 class VocabularyProjection(nn.Module):
-    """Teacher probabilities over the student's vocabulary: q(s) = sum of p(t) over the teacher tokens t with f(t) = s.
+    """The teacher's beliefs about the next token, read in the student's vocabulary.
 
-    f(t) is the student token of t's bytes, or the first token of the student's own encoding of them. Every bit of mass
-    of a real token is kept; rows past the teacher's vocabulary and special tokens without a counterpart give none.
+    Each teacher token t gives all its mass to f(t), the first student token of its bytes: q(s) = sum of p(t) over
+    f(t) = s. No mass is lost, split or sorted.
 
     Args:
-        student_ids: f(t), -1 where a row has no counterpart, `(teacher_vocab_size,)`.
-        student_vocab_size: Rows of the student's output layer.
+        student_ids: f(t) for each row of the teacher's head, -1 where a row is no token of text,
+            `(teacher_vocab_size,)`.
+        student_vocab_size: Rows of the student's head.
     """
 
     student_ids: Tensor
@@ -292,10 +172,9 @@ class VocabularyProjection(nn.Module):
     def __init__(self, student_ids: Tensor, student_vocab_size: int):
         super().__init__()
         self.student_vocab_size = student_vocab_size
+        self.register_buffer("student_ids", student_ids, persistent=False)
         reachable = torch.zeros(student_vocab_size, dtype=torch.bool)
         reachable[student_ids[student_ids >= 0]] = True
-        # Made from the tokenizers at every start, so no checkpoint holds them.
-        self.register_buffer("student_ids", student_ids, persistent=False)
         self.register_buffer("reachable", reachable, persistent=False)
 
     @classmethod
@@ -306,42 +185,95 @@ class VocabularyProjection(nn.Module):
         teacher_vocab_size: int,
         student_vocab_size: int,
     ) -> "VocabularyProjection":
-        """The projection between two byte-level BPE tokenizers; sizes are the rows of the models' output layers.
+        """Build f from the tokenizers.
+
+        End-of-text and the other special roles map to the student's token of that role, other special tokens to the
+        student's special token of the same name, or to nothing.
 
         Raises:
-            TokenizerError: If a tokenizer is not a fast byte-level BPE.
-            ConfigurationError: If a model has fewer rows than its tokenizer has tokens.
+            TokenizerError: If a tokenizer is not byte-level, or has more tokens than its model has rows.
         """
-        teacher, student = token_bytes(teacher_tokenizer), token_bytes(student_tokenizer)
-        for field, size, table in (
-            ("teacher_vocab_size", teacher_vocab_size, teacher),
-            ("student_vocab_size", student_vocab_size, student),
+        for tokenizer, size, side in (
+            (teacher_tokenizer, teacher_vocab_size, "teacher"),
+            (student_tokenizer, student_vocab_size, "student"),
         ):
-            if size < len(table.of_id):
-                raise ConfigurationError(
-                    f"{field} must be at least the tokenizer's {len(table.of_id)} tokens, got {size}. "
-                    "Load the model and the tokenizer from the same place, or resize the model's embeddings."
+            check_byte_level(tokenizer)
+            if len(tokenizer) > size:
+                raise TokenizerError(
+                    f"The {side}'s tokenizer has {len(tokenizer)} tokens, its model only {size}. "
+                    f"Use the tokenizer that the {side} was trained with."
                 )
-        first = torch.full((teacher_vocab_size,), -1)
-        first[: len(teacher.of_id)] = torch.tensor(_first_student_tokens(teacher, student, student_tokenizer))
-        for index, counterpart in _special_counterparts(teacher_tokenizer, student_tokenizer).items():
-            first[index] = counterpart
-        return cls(first, student_vocab_size)
+        student_ids = torch.full((teacher_vocab_size,), -1, dtype=torch.long)
+        special = _special_ids(teacher_tokenizer, student_tokenizer)
+        student_vocabulary = {
+            token_bytes(token): index
+            for token, index in student_tokenizer.get_vocab().items()
+            if index not in student_tokenizer.all_special_ids
+        }
+        unmatched: dict[int, bytes] = {}
+        for token, index in teacher_tokenizer.get_vocab().items():
+            if index in special:
+                student_ids[index] = special[index]
+            elif (content := token_bytes(token)) in student_vocabulary:
+                student_ids[index] = student_vocabulary[content]
+            else:
+                unmatched[index] = content
+        for index, first in zip(unmatched, _first_tokens(student_tokenizer, list(unmatched.values())), strict=True):
+            student_ids[index] = first
+        return cls(student_ids, student_vocab_size)
 
     def forward(self, teacher_probs: Tensor) -> Tensor:
-        """Projects `(..., teacher_vocab_size)` to `(..., student_vocab_size)`; keeps the dtype.
+        """Sum the mass of all teacher tokens that begin with the same student token.
 
-        The result sums to the mass of the tokens that have a counterpart.
+        Args:
+            teacher_probs: `(..., teacher_vocab_size)`.
+
+        Returns:
+            `(..., student_vocab_size)`, sums to the mass of real tokens.
         """
-        # Rows without a counterpart fall into one more bucket, which is cut off.
-        target = torch.where(self.student_ids < 0, self.student_vocab_size, self.student_ids)
-        projected = teacher_probs.new_zeros(*teacher_probs.shape[:-1], self.student_vocab_size + 1)
-        return projected.index_add(-1, target, teacher_probs)[..., :-1]
+        real = self.student_ids >= 0
+        projected = teacher_probs.new_zeros(*teacher_probs.shape[:-1], self.student_vocab_size)
+        return projected.index_add(-1, self.student_ids.clamp(min=0), teacher_probs * real)
 
     def log_probs(self, teacher_logits: Tensor) -> Tensor:
-        """Log of the projected softmax of `(..., teacher_vocab_size)`, float32, `(..., student_vocab_size)`, in nats.
+        """Log of the projected softmax, with gradients to the logits.
 
-        Values are at least log(1.2e-38), so that student tokens that receive no mass stay finite.
+        Args:
+            teacher_logits: `(..., teacher_vocab_size)`. Rows that are no token get no mass.
+
+        Returns:
+            `(..., student_vocab_size)`, float32. The smallest normal float stands in for 0, so nothing is infinite.
         """
-        tiny = torch.finfo(torch.float32).tiny
-        return self(teacher_logits.float().softmax(dim=-1)).clamp(min=tiny).log()
+        logits = teacher_logits.float().masked_fill(self.student_ids < 0, -torch.inf)
+        return self(torch.softmax(logits, dim=-1)).clamp(min=torch.finfo(torch.float32).tiny).log()
+
+
+def _special_ids(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> dict[int, int]:
+    """Student id of each special token of the teacher, -1 for those without a counterpart."""
+    named = {student.convert_ids_to_tokens(index): index for index in student.all_special_ids}
+    special = {index: named.get(teacher.convert_ids_to_tokens(index), -1) for index in teacher.all_special_ids}
+    special |= {
+        index: named.get(added.content, -1) for index, added in teacher.added_tokens_decoder.items() if added.special
+    }
+    for role in reversed(ROLES):
+        if getattr(teacher, role) is not None and getattr(student, role) is not None:
+            special[getattr(teacher, role)] = getattr(student, role)
+    return special
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, contents: list[bytes]) -> list[int]:
+    """First token of each byte string in the tokenizer's own encoding."""
+    texts, positions, first = [], [], [-1] * len(contents)
+    for position, content in enumerate(contents):
+        try:
+            texts.append(content.decode("utf-8"))
+            positions.append(position)
+        except UnicodeDecodeError:
+            # Pieces of characters never pass the pre-tokenizer: the merges alone decide.
+            pieces = tokenizer.backend_tokenizer.model.tokenize("".join(CHARACTER_OF_BYTE[byte] for byte in content))
+            first[position] = pieces[0].id
+    if texts:
+        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        for position, ids in zip(positions, encoded, strict=True):
+            first[position] = ids[0]
+    return first
