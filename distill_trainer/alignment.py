@@ -3,6 +3,7 @@
 import unicodedata
 
 import torch
+from tokenizers.normalizers import Normalizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +16,8 @@ CHARACTER_OF_BYTE = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + i
 BYTE_OF_CHARACTER = {character: byte for byte, character in CHARACTER_OF_BYTE.items()}
 ROLES = ("eos_token_id", "bos_token_id", "pad_token_id", "unk_token_id")
 NO_BOUNDARY = -1
+# More marks than any language puts on one character (Stream-Safe Text Format, Unicode Standard Annex 15).
+LONGEST_GROUP = 31
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
@@ -30,7 +33,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], li
 
     Returns:
         Ids and ends, equally long. An end is -1 where the tokens up to there do not hold exactly a prefix of the text:
-        inside a character, or inside a group of characters that the tokenizer normalises together.
+        inside a character, or inside characters that the tokenizer normalises together. A character that the
+        tokenizer leaves out, because its vocabulary lacks the byte (0x04 in SmolLM's), belongs to the next token.
 
     Raises:
         TokenizerError: If the tokenizer gives no offsets, is not byte-level, or changes the text.
@@ -39,11 +43,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], li
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     normalized, ends = _normalization_ends(tokenizer, text)
     # Byte offset in the normalised text -> character offset in the original.
-    end_at_byte, position = {}, 0
+    end_at_byte: dict[int, int] = {}
+    position, lost = 0, _lost_bytes(tokenizer)
     for index, character in enumerate(normalized, 1):
-        position += len(character.encode("utf-8", "surrogatepass"))
+        position += len(character.encode("utf-8").translate(None, lost))
         if index in ends:
-            end_at_byte[position] = ends[index]
+            end_at_byte.setdefault(position, ends[index])
     token_ends, consumed = [], 0
     for token in tokenizer.convert_ids_to_tokens(ids):
         consumed += len(token_bytes(token))
@@ -61,6 +66,12 @@ def token_bytes(token: str) -> bytes:
     if all(character in BYTE_OF_CHARACTER for character in token):
         return bytes(BYTE_OF_CHARACTER[character] for character in token)
     return token.encode("utf-8")
+
+
+def _lost_bytes(tokenizer: PreTrainedTokenizerBase) -> bytes:
+    """Bytes without a token, which the tokenizer silently leaves out of a text."""
+    find = tokenizer.backend_tokenizer.token_to_id
+    return bytes(byte for byte, character in CHARACTER_OF_BYTE.items() if find(character) is None)
 
 
 def check_byte_level(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -89,22 +100,29 @@ def _normalization_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[
     if normalizer is None or normalizer.normalize_str(text) == text:
         return text, {length: length for length in range(1, len(text) + 1)}
     ends, pieces, length, start = {}, [], 0, 0
-    for position in range(1, len(text) + 1):
-        # A group ends where the next character neither combines with it nor changes it.
-        if position < len(text):
-            following = text[position]
-            group = text[start:position]
-            if unicodedata.combining(following) or (
-                not following.isascii()
-                and normalizer.normalize_str(group + following)
-                != normalizer.normalize_str(group) + normalizer.normalize_str(following)
-            ):
-                continue
-        pieces.append(normalizer.normalize_str(text[start:position]))
+    for stop in range(1, len(text) + 1):
+        group = text[start:stop]
+        if stop < len(text) and _joins(normalizer, group, text[stop]):
+            continue
+        pieces.append(normalizer.normalize_str(group))
+        for cut in range(1, len(group)) if len(group) <= LONGEST_GROUP else ():
+            head = normalizer.normalize_str(group[:cut])
+            if head + normalizer.normalize_str(group[cut:]) == pieces[-1]:
+                ends[length + len(head)] = start + cut
         length += len(pieces[-1])
-        ends[length] = position
-        start = position
+        ends[length] = stop
+        start = stop
     return "".join(pieces), ends
+
+
+def _joins(normalizer: Normalizer, group: str, following: str) -> bool:
+    """Whether a character combines with the ones before it, or normalises differently behind them."""
+    if following.isascii():
+        return False
+    if unicodedata.combining(unicodedata.normalize("NFD", following)[0]):
+        return True
+    normalize = normalizer.normalize_str
+    return normalize(group + following) != normalize(group) + normalize(following)
 
 
 def merge_ends(student_ends: list[int], teacher_ends: list[int]) -> list[tuple[int, int]]:
@@ -158,10 +176,10 @@ class VocabularyProjection(nn.Module):
     """The teacher's beliefs about the next token, read in the student's vocabulary.
 
     Each teacher token t gives all its mass to f(t), the first student token of its bytes: q(s) = sum of p(t) over
-    f(t) = s. No mass is lost, split or sorted.
+    f(t) = s. No mass is split or sorted; only rows that the student cannot write at all give none.
 
     Args:
-        student_ids: f(t) for each row of the teacher's head, -1 where a row is no token of text,
+        student_ids: f(t) for each row of the teacher's head, -1 where it has none (rows past the vocabulary),
             `(teacher_vocab_size,)`.
         student_vocab_size: Rows of the student's head.
     """
@@ -204,11 +222,12 @@ class VocabularyProjection(nn.Module):
                     f"Use the tokenizer that the {side} was trained with."
                 )
         student_ids = torch.full((teacher_vocab_size,), -1, dtype=torch.long)
-        special = _special_ids(teacher_tokenizer, student_tokenizer)
+        special = _counterparts(teacher_tokenizer, student_tokenizer)
+        student_special = _special_ids(student_tokenizer)
         student_vocabulary = {
             token_bytes(token): index
             for token, index in student_tokenizer.get_vocab().items()
-            if index not in student_tokenizer.all_special_ids
+            if index not in student_special
         }
         unmatched: dict[int, bytes] = {}
         for token, index in teacher_tokenizer.get_vocab().items():
@@ -229,7 +248,7 @@ class VocabularyProjection(nn.Module):
             teacher_probs: `(..., teacher_vocab_size)`.
 
         Returns:
-            `(..., student_vocab_size)`, sums to the mass of real tokens.
+            `(..., student_vocab_size)`, sums to the mass of the rows that have a student token.
         """
         real = self.student_ids >= 0
         projected = teacher_probs.new_zeros(*teacher_probs.shape[:-1], self.student_vocab_size)
@@ -248,13 +267,15 @@ class VocabularyProjection(nn.Module):
         return self(torch.softmax(logits, dim=-1)).clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
-def _special_ids(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> dict[int, int]:
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def _counterparts(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> dict[int, int]:
     """Student id of each special token of the teacher, -1 for those without a counterpart."""
-    named = {student.convert_ids_to_tokens(index): index for index in student.all_special_ids}
-    special = {index: named.get(teacher.convert_ids_to_tokens(index), -1) for index in teacher.all_special_ids}
-    special |= {
-        index: named.get(added.content, -1) for index, added in teacher.added_tokens_decoder.items() if added.special
-    }
+    named = {student.convert_ids_to_tokens(index): index for index in _special_ids(student)}
+    special = {index: named.get(teacher.convert_ids_to_tokens(index), -1) for index in _special_ids(teacher)}
     for role in reversed(ROLES):
         if getattr(teacher, role) is not None and getattr(student, role) is not None:
             special[getattr(teacher, role)] = getattr(student, role)
@@ -262,7 +283,7 @@ def _special_ids(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerB
 
 
 def _first_tokens(tokenizer: PreTrainedTokenizerBase, contents: list[bytes]) -> list[int]:
-    """First token of each byte string in the tokenizer's own encoding."""
+    """First token of each byte string in the tokenizer's own encoding, -1 where it encodes to nothing."""
     texts, positions, first = [], [], [-1] * len(contents)
     for position, content in enumerate(contents):
         try:
@@ -271,9 +292,9 @@ def _first_tokens(tokenizer: PreTrainedTokenizerBase, contents: list[bytes]) -> 
         except UnicodeDecodeError:
             # Pieces of characters never pass the pre-tokenizer: the merges alone decide.
             pieces = tokenizer.backend_tokenizer.model.tokenize("".join(CHARACTER_OF_BYTE[byte] for byte in content))
-            first[position] = pieces[0].id
+            first[position] = pieces[0].id if pieces else -1
     if texts:
         encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         for position, ids in zip(positions, encoded, strict=True):
-            first[position] = ids[0]
+            first[position] = ids[0] if ids else -1
     return first

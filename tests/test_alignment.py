@@ -390,6 +390,13 @@ def test_equal_tokenizers_project_to_the_same_beliefs(teacher_tokenizer):
     assert projection.reachable.all()
 
 
+def test_rows_without_a_student_token_give_their_mass_to_none(tiny_projection):
+    rows, real = len(tiny_projection.student_ids), tiny_projection.student_ids >= 0
+    assert 0 < real.sum() == rows - 7
+    projected = tiny_projection(torch.ones(rows))
+    assert projected.tolist() == torch.bincount(tiny_projection.student_ids[real], minlength=len(projected)).tolist()
+
+
 def test_log_probs_and_their_gradient_match_the_definition(tiny_projection):
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(2, 5, len(tiny_projection.student_ids), generator=generator)

