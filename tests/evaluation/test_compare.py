@@ -233,3 +233,19 @@ def test_no_text_is_an_error_that_says_so(texts):
 def test_texts_without_two_anchors_are_an_error_that_says_so():
     with pytest.raises(DataError, match="None of the 1 documents holds two anchors"):
         evaluate(texts=["a"])
+
+
+def test_a_copy_that_waits_elsewhere_is_measured_where_the_student_is_and_goes_back():
+    from distill_trainer.evaluation.compare import _on
+
+    class Model:
+        device = torch.device("cpu")
+
+        def to(self, device):
+            self.device = device
+
+    model = Model()
+    with pytest.raises(RuntimeError), _on(model, torch.device("meta")):
+        assert model.device.type == "meta"
+        raise RuntimeError
+    assert model.device.type == "cpu"
