@@ -293,7 +293,8 @@ def reported_run(tmp_path_factory, texts):
     with pytest.MonkeyPatch.context() as patch:
         printed = []
         patch.setattr("builtins.print", lambda *words, **options: printed.append(" ".join(map(str, words))))
-        assert run_distillation.main([*arguments, "--save_strategy", "steps", "--save_steps", "2"]) == 0
+        arguments += ["--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "steps", "--eval_steps", "1"]
+        assert run_distillation.main(arguments) == 0
     return output, json.loads((output / "report/report.json").read_text()), "\n".join(printed)
 
 
@@ -337,6 +338,7 @@ def test_a_config_file_and_flags_apply_together(reported_run):
     # 2 and 5.0 are the file's, the batch size is a flag's.
     assert (first["distill/top_k"], first["distill/temperature"]) == (2, 5.0)
     assert first["distill/weight_kl"] == pytest.approx(0.8)
+    assert [entry["step"] for entry in history if "eval_bits_per_byte" in entry] == [1, 2]
     settings = torch.load(output / "training_args.bin", weights_only=False)
     assert (settings.learning_rate, settings.final_top_k, settings.per_device_train_batch_size) == (1e-4, 6, 2)
 
@@ -386,6 +388,27 @@ def test_rows_of_a_file_are_documents(tmp_path, documents, kind):
     data = json.loads((tmp_path / "out/report/report.json").read_text())["data"]
     assert (data["train_documents"], data["eval_documents"]) == (NUM_DOCUMENTS - 2, 1)
     assert data["train_bytes"] >= 500 * (NUM_DOCUMENTS - 2)
+
+
+ALONE = {f"{name}_weight": 0 for name in ("kl", "feature", "attention", "layerwise", "contrastive")}
+OTHER_RUNS = {
+    "a dense teacher": {"teacher_model_name_or_path": ASSETS / "student"},
+    "no router": {"use_router": "false"},
+    "no teacher": ALONE | {"lm_weight": 1},
+    "streamed text": {"streaming": "true", "validation_fraction": 0.002},
+    "windows by length": {"use_dynamic_batching": "true"},
+}
+
+
+@pytest.mark.parametrize(("kind", "changes"), OTHER_RUNS.items(), ids=OTHER_RUNS)
+def test_every_kind_of_run_ends_with_its_report(tmp_path, texts, kind, changes):
+    assert run_distillation.main(flags(texts, **changes)) == 0
+    report = json.loads((tmp_path / "out/report/report.json").read_text())
+    routed = kind in ("streamed text", "windows by length")
+    assert (report["student_aware_teacher"]["bits_per_byte"] is not None) == routed
+    assert {value is not None for value in report["router"].values()} == {routed}
+    assert report["data"]["train_documents"] == (None if kind == "streamed text" else NUM_DOCUMENTS - 2)
+    assert report["student"]["bits_per_byte"] != report["student_before"]["bits_per_byte"]
 
 
 def test_a_student_may_start_from_random_weights(tmp_path, texts):

@@ -200,7 +200,7 @@ def measure_speed(
             _synchronize(device)
             seconds.append(time.perf_counter() - start)
         memory = peak_memory(model, before)
-    median = statistics.median(seconds)
+    median = statistics.median(seconds[warmup:])
     return {
         "tokens_per_second": tokens / median,
         "bytes_per_second": int(batch["scored_bytes"].sum()) / median,

@@ -41,7 +41,7 @@ def routed(seed=0, num_anchors=6, num_experts=4, top_k=2, gate_top_k=1):
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_retention_is_summed_over_anchors_whatever_the_chunks(monkeypatch, padding_side):
-    batch = collated(3, padding_side=padding_side)
+    batch = collated(5, padding_side=padding_side)
     with torch.no_grad():
         student_logits = forward_logits(tiny_llama(), batch, "student")
         teacher_logits = forward_logits(tiny_moe(), batch, "teacher")
@@ -64,7 +64,7 @@ def test_retention_is_summed_over_anchors_whatever_the_chunks(monkeypatch, paddi
 
 
 def test_only_the_routed_anchors_get_other_beliefs():
-    batch = collated(2, padding_side="left")
+    batch = collated(5, padding_side="left")
     mask = batch["anchor_mask"].clone()
     mask[:, -1] = False
     mask[0, 0] = False
@@ -125,7 +125,7 @@ def eager_similarity(student, teacher, batch):
 
 
 def test_attention_is_compared_in_the_last_layer_over_the_spans_between_anchors():
-    student, teacher, batch = tiny_llama(), tiny_moe(), collated(3)
+    student, teacher, batch = tiny_llama(), tiny_moe(), collated(5)
     similarity = attention_similarity(student, teacher, [batch])
     assert 0.1 < similarity < 0.999
     assert similarity == pytest.approx(eager_similarity(student, teacher, batch), rel=1e-5)

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -176,6 +177,9 @@ def test_models_come_back_as_they_were():
     before = {name: value.clone() for name, value in student.state_dict().items()}
     implementation = student.config._attn_implementation
     report = evaluate(student=student, teacher=teacher)
+    without_dropout = evaluate(student=copy.deepcopy(student).eval(), teacher=teacher)
+    assert report["student"]["bits_per_byte"] == without_dropout["student"]["bits_per_byte"]
+    assert report["retention"] == without_dropout["retention"]
     assert report["environment"]["speed_dtype"] == "float32"
     assert student.training and not teacher.training
     assert all(parameter.requires_grad for parameter in student.parameters())
