@@ -77,7 +77,7 @@ class DistillationModel(nn.Module):
 
     @property
     def config(self):
-        """The student's configuration, which the Trainer and its reporters read."""
+        """The student's configuration."""
         return self.causal_lm.config
 
     def activation_checkpointing_enable(self, **kwargs) -> None:

@@ -209,8 +209,7 @@ class DistillationTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Weighted sum of the losses of one micro-batch, a share of the mean over the accumulated batch."""
         weights = self.effective_weights()
-        losses = frozenset(name for name, weight in weights.items() if weight > 0)
-        teacher_output = None
+        losses, teacher_output = frozenset(name for name, weight in weights.items() if weight > 0), None
         if self.teacher is not None:
             # Under no_grad: what the text looks like to the teacher with its own gate.
             tapped = self.distillation_model.tapped_layers(losses, side=1)
@@ -295,8 +294,7 @@ class DistillationTrainer(Trainer):
         """What the router chooses for a collated batch, and what the student-aware teacher then says."""
         inputs = self._prepare_inputs(dict(batch))
         output = self.teacher(inputs, Anchors.of(inputs))
-        model = self.distillation_model.eval()
-        return model.route_batch(inputs, self.teacher, output, self.values)
+        return self.distillation_model.eval().route_batch(inputs, self.teacher, output, self.values)
 
     # Saving and loading
 
@@ -328,7 +326,6 @@ class DistillationTrainer(Trainer):
         Args:
             commit_message: First line of the commit.
             token: Token with write access. None takes `hub_token`.
-            **kwargs: Taken for compatibility with `Trainer.push_to_hub` and not used.
         """
         if self.hub_model_id is None:
             self.init_hf_repo(token=token)

@@ -22,6 +22,7 @@ CAPS = {
     "losses": 150,
     "arguments": 400,
     "moe": 200,
+    "modeling": 320,
     "data": 350,
     "callbacks": 200,
     "trainer": 350,
