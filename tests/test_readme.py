@@ -7,9 +7,9 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-import run_distillation
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import run_distillation
 from distill_trainer import hub, losses
 from distill_trainer.alignment import anchor_pairs
 from distill_trainer.arguments import DataArguments, DistillationArguments, ModelArguments, parse_arguments
@@ -129,7 +129,9 @@ def test_what_pip_is_asked_for_exists():
     asked = [word for words in commands() if words[:2] == ["pip", "install"] for word in words[2:]]
     for extra in (name for word in asked for group in re.findall(r"\[(.*)\]", word) for name in group.split(",")):
         assert extra in extras
-    assert {word for word in asked if word.startswith("torch>")} == {word for word in required if word.startswith("torch>")}
+    assert {word for word in asked if word.startswith("torch>")} == {
+        word for word in required if word.startswith("torch>")
+    }
     assert {"ruff", "mypy"} <= set(extras["dev"].split()) and "pytest" in extras["test"].split()
 
 
@@ -214,7 +216,9 @@ def test_the_check_of_the_torch_build_answers_true_or_false(capsys):
 
 
 def test_every_file_that_is_named_exists():
-    named = re.findall(r"(?<![\w./])((?:configs|assets|tests|distill_trainer|\.ci)/[\w./]*\w|run_distillation\.py)", README)
+    named = re.findall(
+        r"(?<![\w./])((?:configs|assets|tests|distill_trainer|\.ci)/[\w./]*\w|run_distillation\.py)", README
+    )
     assert {"assets/idea.svg", "configs/demo.yaml", "configs/recommended.yaml", ".ci/run"} <= set(named)
     assert [name for name in named if not (ROOT / name).exists()] == []
     assert all((ROOT / link).exists() for link in re.findall(r"\]\((?!http)([^)]+)\)", README))
@@ -255,4 +259,7 @@ def test_the_picture_shows_the_demos_own_tokens_and_their_anchors():
 
 
 if __name__ == "__main__":
-    PATH.write_text(README.replace(CONFIGURATION[0] + between(CONFIGURATION), CONFIGURATION[0] + configuration_table()), encoding="utf-8")
+    PATH.write_text(
+        README.replace(CONFIGURATION[0] + between(CONFIGURATION), CONFIGURATION[0] + configuration_table()),
+        encoding="utf-8",
+    )
