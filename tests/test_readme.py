@@ -64,14 +64,14 @@ def configuration_table() -> str:
     """The table of our own settings, made from the help texts."""
     lines = ["| setting | default | meaning |", "|---|---|---|"]
     for kind in (ModelArguments, DataArguments, DistillationArguments):
-        for field in dataclasses.fields(kind):
-            if field.name in kind.__annotations__:
-                factory = field.default_factory
-                default = field.default if factory is dataclasses.MISSING else factory()
-                aliases = ", ".join(f"`{alias[2:]}`" for alias in field.metadata.get("aliases", []))
-                name = f"`{field.name}`" + (f" ({aliases})" if aliases else "")
-                meaning = field.metadata["help"].replace("%%", "%").replace("|", "\\|")
-                lines.append(f"| {name} | `{shown(default)}` | {meaning} |")
+        fields = {field.name: field for field in dataclasses.fields(kind)}
+        for name in kind.__annotations__:
+            field, factory = fields[name], fields[name].default_factory
+            default = field.default if factory is dataclasses.MISSING else factory()
+            aliases = ", ".join(f"`{alias[2:]}`" for alias in field.metadata.get("aliases", []))
+            title = f"`{name}`" + (f" ({aliases})" if aliases else "")
+            meaning = field.metadata["help"].replace("%%", "%").replace("|", "\\|")
+            lines.append(f"| {title} | `{shown(default)}` | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
