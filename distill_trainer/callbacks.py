@@ -81,6 +81,10 @@ class TemperatureScheduleCallback(_ScheduleCallback):
         setattr(self.values, self.attribute, linear(self.start, self.end, progress / self.warmup_ratio))
 
 
+class _RouterTemperatureScheduleCallback(TemperatureScheduleCallback):
+    """A class of its own, because the Trainer warns of two callbacks of one class."""
+
+
 class LossWeightScheduleCallback(_ScheduleCallback):
     """Switch losses on phase by phase, and unlock the layers of the layer-wise loss in the third.
 
@@ -127,12 +131,15 @@ def training_schedules(
         weights: See `LossWeightScheduleCallback`.
         phase_boundaries: Likewise.
     """
-    temperatures = {"temperature": temperature, "router_temperature": router_temperature}
     return [
         TopKScheduleCallback(values, start=top_k[0], end=top_k[1], warmup_ratio=WARMUP_RATIO),
-        *(
-            TemperatureScheduleCallback(values, start=start, end=end, warmup_ratio=WARMUP_RATIO, attribute=name)
-            for name, (start, end) in temperatures.items()
+        TemperatureScheduleCallback(values, start=temperature[0], end=temperature[1], warmup_ratio=WARMUP_RATIO),
+        _RouterTemperatureScheduleCallback(
+            values,
+            start=router_temperature[0],
+            end=router_temperature[1],
+            warmup_ratio=WARMUP_RATIO,
+            attribute="router_temperature",
         ),
         LossWeightScheduleCallback(values, weights=weights, phase_boundaries=phase_boundaries),
     ]

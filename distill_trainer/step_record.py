@@ -2,7 +2,7 @@
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -73,7 +73,8 @@ class StepRecord:
 class StepCallback(TrainerCallback):
     """Looks at what a step's micro-batches reported, before and after the optimizer acts on it.
 
-    Before: a step with a loss that is not finite is left out, and `max_nonfinite_steps` of them in a row stop the run.
+    Before: a step whose losses or gradient are not finite is left out, and `max_nonfinite_steps` of them in a row stop
+    the run.
     After: the step's knowledge gap goes into its running average.
 
     Args:
@@ -86,12 +87,16 @@ class StepCallback(TrainerCallback):
         self.record, self.gap, self.max_nonfinite_steps = record, gap, max_nonfinite_steps
         self.nonfinite_steps = 0
 
-    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        broken = self.record.nonfinite_losses()
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        losses = self.record.nonfinite_losses()
+        broken = f"loss {' and '.join(losses)}" if losses else ""
+        # A finite loss can have an infinite gradient. In fp16 that is how the scaler finds its scale.
+        if not broken and self.record.accelerator.scaler is None and not _finite_gradients(model):
+            broken = "gradient"
         self.nonfinite_steps = self.nonfinite_steps + 1 if broken else 0
         if not broken:
             return
-        what = f"The loss {' and '.join(broken)} is not finite at step {state.global_step + 1}"
+        what = f"The {broken} is not finite at step {state.global_step + 1}"
         if self.nonfinite_steps >= self.max_nonfinite_steps:
             raise NonFiniteLossError(
                 f"{what}, time {self.nonfinite_steps} in a row (max_nonfinite_steps). "
@@ -107,3 +112,9 @@ class StepCallback(TrainerCallback):
         if difference is not None:
             self.gap.update(difference)
         self.record.end_step()
+
+
+def _finite_gradients(model: nn.Module) -> bool:
+    """Whether every gradient is finite; they are those of all ranks by now."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all()) if gradients else True

@@ -97,7 +97,7 @@ def steps(record, kls, limit):
     callback = StepCallback(record, gap, max_nonfinite_steps=limit)
     for kl in kls:
         record.add(micro_batch(kl=kl, gap_difference=kl, gap_count=1.0))
-        callback.on_pre_optimizer_step(None, state, TrainerControl(), optimizer=optimizer)
+        callback.on_pre_optimizer_step(None, state, TrainerControl(), model=torch.nn.Linear(1, 1), optimizer=optimizer)
         callback.on_step_end(None, state, TrainerControl())
         state.global_step += 1
     return optimizer, gap

@@ -162,3 +162,32 @@ def test_a_broken_student_stops_the_run_with_all_losses_that_it_breaks(tmp_path)
     trainer = tiny_trainer(tmp_path, student=student, max_nonfinite_steps=1)
     with pytest.raises(NonFiniteLossError, match="kl and layerwise and lm.* is not finite at step 1"):
         trainer.train()
+
+
+def infinite_gradient_at(steps):
+    """A student whose gradient, not its loss, is infinite at the given backward passes, counted from 1."""
+    student = tiny_llama()
+    calls = []
+
+    def poison_gradient(gradient):
+        calls.append(None)
+        return torch.full_like(gradient, math.inf) if len(calls) in steps else gradient
+
+    student.model.layers[0].mlp.up_proj.weight.register_hook(poison_gradient)
+    return student
+
+
+def test_a_step_with_an_infinite_gradient_of_finite_losses_is_left_out(tmp_path):
+    watch = WeightsBeforeEachStep()
+    trainer = tiny_trainer(tmp_path, student=infinite_gradient_at({2}), callbacks=[watch], weight_decay=0.1)
+    trainer.train()
+    parameters = [name for name, _ in trainer.distillation_model.named_parameters()]
+    assert all(torch.equal(watch.weights[1][name], watch.weights[2][name]) for name in parameters)
+    assert any(not torch.equal(watch.weights[2][name], watch.weights[3][name]) for name in parameters)
+    assert all(value.isfinite().all() for value in trainer.distillation_model.state_dict().values())
+
+
+def test_infinite_gradients_in_a_row_stop_the_run(tmp_path):
+    trainer = tiny_trainer(tmp_path, student=infinite_gradient_at({2, 3}), max_nonfinite_steps=2)
+    with pytest.raises(NonFiniteLossError, match="gradient is not finite at step 3, time 2 in a row"):
+        trainer.train()
