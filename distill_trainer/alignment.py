@@ -205,8 +205,7 @@ class VocabularyProjection(nn.Module):
     ) -> "VocabularyProjection":
         """Build f from the tokenizers.
 
-        End-of-text and the other special roles map to the student's token of that role, other special tokens to the
-        student's special token of the same name, or to nothing.
+        End-of-text maps to the student's, another special token to that of its name, else of its role, else to none.
 
         Raises:
             TokenizerError: If a tokenizer is not byte-level, or has more tokens than its model has rows.
@@ -268,8 +267,7 @@ class VocabularyProjection(nn.Module):
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | set(tokenizer.all_special_ids)
+    return {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids)
 
 
 def _counterparts(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> dict[int, int]:
@@ -277,8 +275,10 @@ def _counterparts(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizer
     named = {student.convert_ids_to_tokens(index): index for index in _special_ids(student)}
     special = {index: named.get(teacher.convert_ids_to_tokens(index), -1) for index in _special_ids(teacher)}
     for role in reversed(ROLES):
-        if getattr(teacher, role) is not None and getattr(student, role) is not None:
-            special[getattr(teacher, role)] = getattr(student, role)
+        own, other = getattr(teacher, role), getattr(student, role)
+        # End-of-text goes by its role. Else a name says more: Qwen's padding is another model's end-of-text.
+        if own is not None and other is not None and (role == "eos_token_id" or special[own] < 0):
+            special[own] = other
     return special
 
 

@@ -88,6 +88,9 @@ def load_splits(
     if dataset_weights is not None:
         shares = [weight / sum(dataset_weights) for weight in dataset_weights]
         documents = interleave_datasets(loaded, probabilities=shares, seed=seed, stopping_strategy="first_exhausted")
+    elif streaming and len(loaded) > 1:
+        # In turns: the held-out documents are the first ones, and must not all be of the first dataset.
+        documents = interleave_datasets(loaded, stopping_strategy="all_exhausted_without_replacement")
     else:
         documents = concatenate_datasets(loaded)
     if streaming:

@@ -350,12 +350,15 @@ def test_a_real_token_begins_with_the_token_that_it_maps_to(real_projection, qwe
     assert all(len(content) == 1 for content in without)
 
 
-def test_real_special_tokens_map_by_role_then_by_name_and_rows_past_the_vocabulary_to_nothing(
+def test_real_special_tokens_map_by_name_but_end_of_text_by_role_and_rows_past_the_vocabulary_to_nothing(
     real_projection, qwen_tokenizer, smollm_tokenizer
 ):
     mapped = real_projection.student_ids
     assert mapped[qwen_tokenizer.eos_token_id] == smollm_tokenizer.eos_token_id
-    assert mapped[qwen_tokenizer.pad_token_id] == smollm_tokenizer.pad_token_id
+    # Qwen pads with end-of-text: the token of that name, not the other side's padding.
+    padding = qwen_tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert padding == qwen_tokenizer.pad_token_id
+    assert mapped[padding] == smollm_tokenizer.convert_tokens_to_ids("<|endoftext|>")
     start = qwen_tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert mapped[start] == smollm_tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert mapped[qwen_tokenizer.convert_tokens_to_ids("<|vision_start|>")] == -1

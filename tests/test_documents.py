@@ -55,6 +55,14 @@ def test_local_files_give_each_document_to_exactly_one_split(write, kind, stream
     assert all(list(next(iter(splits[name]))) == ["text"] for name in SPLITS)
 
 
+def test_streamed_datasets_are_read_in_turns_so_that_each_gives_held_out_documents(write):
+    first, second = [f"first {i}" for i in range(40)], [f"second {i}" for i in range(30)]
+    names = [write("jsonl", texts, name=f"part{i}") for i, texts in enumerate((first, second))]
+    splits = load_splits(names, streaming=True, validation_fraction=0.01)
+    assert {text.split()[0] for text in texts_of(splits["validation"])} == {"first", "second"}
+    assert sorted(every_text(splits)) == sorted(first + second)
+
+
 def test_a_text_file_is_one_document_and_its_lines_end_alike(write):
     texts = ["one\r\ntwo\n\n three \n", "é 漢 👩‍🚀", "last"]
     splits = load_splits([write("txt", [text], name=f"part{i}") for i, text in enumerate(texts)])
