@@ -219,7 +219,7 @@ def _draw_schedules(figure, colors, report, history, baseline_history) -> bool:
 PLOTS = (
     (
         "bits_per_byte",
-        "Bits per byte on held-out text",
+        "Bits per byte (curves: validation text, lines: test text)",
         "The student over training, beside the student without a teacher, the teacher's level and the start",
         3.4,
         _draw_bits_per_byte,
