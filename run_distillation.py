@@ -14,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from distill_trainer import DistillationTrainer, evaluate_models
 from distill_trainer.arguments import DataArguments, DistillationArguments, ModelArguments, parse_arguments
+from distill_trainer.callbacks import check_reporters
 from distill_trainer.checkpoint import check_checkpoint
 from distill_trainer.documents import load_splits
 from distill_trainer.errors import DistillationError
@@ -25,6 +26,7 @@ from distill_trainer.report import headline_table, write_report
 def run(names: ModelArguments, texts: DataArguments, args: DistillationArguments) -> None:
     """Load, train, train the baseline, evaluate, report and push."""
     started = time.monotonic()
+    check_reporters(args.report_to)
     if args.resume_from_checkpoint:
         check_checkpoint(Path(args.resume_from_checkpoint))
     set_seed(args.seed)

@@ -313,7 +313,7 @@ class DistillationArguments(TrainingArguments):
             _check_number(name, getattr(self, name), above=0)
         for name in ("router_student_weight", "router_anchor_weight", "router_balance_weight"):
             _check_number(name, getattr(self, name), least=0)
-        for name in ("learning_rate", "router_learning_rate", "dataloader_num_workers"):
+        for name in ("learning_rate", "router_learning_rate", "dataloader_num_workers", "seed"):
             _check_number(name, getattr(self, name), least=0)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             _check_number(name, getattr(self, name), least=1)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from transformers import TrainerCallback, TrainerState
+from transformers.integrations import get_reporting_integration_callbacks
 
 from distill_trainer.errors import ConfigurationError
 from distill_trainer.schedules import ScheduledValues, linear, phase, phase_weights, stepped, unlocked_fraction
@@ -143,3 +144,32 @@ def training_schedules(
         ),
         LossWeightScheduleCallback(values, weights=weights, phase_boundaries=phase_boundaries),
     ]
+
+
+def check_reporters(names: Sequence[str]) -> None:
+    """Fail before any model is loaded if metrics cannot go where they should.
+
+    Args:
+        names: Integrations of the Trainer, such as `wandb` or `tensorboard`.
+
+    Raises:
+        ConfigurationError: If one is unknown, not installed, or needs a login.
+    """
+    for name in names:
+        try:
+            (callback,) = get_reporting_integration_callbacks([name])
+            callback()
+        except (ValueError, RuntimeError, ImportError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigurationError(
+                f"report_to must name integrations that work here, got {name}: {reason}"
+            ) from error
+    if "wandb" in names:
+        import wandb
+
+        try:
+            wandb.login()
+        except wandb.errors.UsageError as error:
+            raise ConfigurationError(
+                "report_to must not be wandb without a login. Run `wandb login`, or set WANDB_MODE=offline."
+            ) from error

@@ -1,7 +1,9 @@
 """A checkpoint: the bare student as a `from_pretrained` folder, and the rest of what trains in one file beside it."""
 
 import copy
+import json
 import re
+import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -15,6 +17,8 @@ from distill_trainer.modeling import STUDENT_PREFIX, DistillationModel
 
 MODULES_FILE = "distillation_modules.safetensors"
 STATE_FILE = "trainer_state.json"
+# What torch.save wrote: each is a zip archive, whose directory stands at its end.
+ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 def save_modules(
@@ -43,13 +47,20 @@ def save_modules(
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Raise a `CheckpointError` unless the folder was written as a checkpoint of this trainer."""
+    """Raise a `CheckpointError` unless the folder was written, and is whole, as a checkpoint of this trainer."""
     missing = [name for name in (MODULES_FILE, STATE_FILE) if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
             f"{folder} is no checkpoint of this trainer: {' and '.join(missing)} missing. "
             f"Give a folder such as OUTPUT_DIR/{PREFIX_CHECKPOINT_DIR}-100."
         )
+    damaged = [name for name in ARCHIVES if (folder / name).is_file() and not zipfile.is_zipfile(folder / name)]
+    try:
+        json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except ValueError:
+        damaged.append(STATE_FILE)
+    if damaged:
+        raise CheckpointError(f"The checkpoint {folder} is damaged: {' and '.join(damaged)}. Resume an earlier one.")
 
 
 def load_modules(folder: Path, model: DistillationModel) -> None:
@@ -59,6 +70,11 @@ def load_modules(folder: Path, model: DistillationModel) -> None:
         CheckpointError: If files are missing, damaged, or of a run with other models or losses.
     """
     check_checkpoint(folder)
+    adapted = hasattr(model.student, "peft_config")
+    if (folder / "adapter_config.json").is_file() is not adapted:
+        raise CheckpointError(
+            f"{folder} was written {'without' if adapted else 'with'} use_peft. Resume it with the same setting."
+        )
     try:
         extras = load_file(folder / MODULES_FILE)
         expected = model.extra_state_dict()
@@ -67,7 +83,7 @@ def load_modules(folder: Path, model: DistillationModel) -> None:
                 f"{folder} was written by a run with another teacher, student or set of losses. Resume it with the "
                 "settings that it was started with."
             )
-        if hasattr(model.student, "peft_config"):
+        if adapted:
             model.student.load_adapter(str(folder), model.student.active_adapter, is_trainable=True)
         else:
             source = AutoModelForCausalLM.from_pretrained(folder, dtype=model.causal_lm.dtype)

@@ -247,6 +247,40 @@ def test_resuming_from_a_damaged_checkpoint_is_refused(capfd, tmp_path, texts, s
     assert "The checkpoint out/checkpoint-1 cannot be loaded" in message
 
 
+@pytest.mark.parametrize("file", ["trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_damaged_state_of_the_trainer_is_refused_before_a_model_is_loaded(capfd, tmp_path, texts, saving_run, file):
+    shutil.copytree(saving_run, tmp_path / "out")
+    os.truncate(tmp_path / "out/checkpoint-1" / file, 100)
+    message = refused(capfd, flags(texts, resume="out/checkpoint-1"), silent=True)
+    assert f"The checkpoint out/checkpoint-1 is damaged: {file}." in message
+
+
+def test_a_checkpoint_of_a_run_without_adapters_is_refused_with_them(capfd, tmp_path, texts, saving_run):
+    shutil.copytree(saving_run, tmp_path / "out")
+    message = refused(capfd, flags(texts, resume="out/checkpoint-1", use_peft="true"))
+    assert "out/checkpoint-1 was written without use_peft" in message
+
+
+def test_an_unknown_reporter_is_refused(capfd, texts):
+    message = refused(capfd, flags(texts, report_to="nosuch"), silent=True)
+    assert "report_to must name integrations that work here, got nosuch" in message
+
+
+def test_wandb_without_a_login_is_refused(capfd, monkeypatch, texts):
+    wandb = pytest.importorskip("wandb")
+
+    def not_logged_in():
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "login", not_logged_in)
+    message = refused(capfd, flags(texts, report_to="wandb"))
+    assert "report_to must not be wandb without a login" in message
+
+
+def test_a_negative_seed_is_refused(capfd, texts):
+    assert "seed must be 0 or above, got -1" in refused(capfd, flags(texts, seed=-1), silent=True)
+
+
 def test_pushing_without_a_token_is_refused_before_training(capfd, monkeypatch, texts):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "no-token")
