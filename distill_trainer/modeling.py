@@ -11,8 +11,9 @@ from distill_trainer.aligned import AnchorBatch, RoutedBatch
 from distill_trainer.losses.attention import attention_loss, attention_rows, pool_spans
 from distill_trainer.losses.contrastive import contrastive_loss
 from distill_trainer.losses.feature import feature_loss
+from distill_trainer.losses.gap_weights import gap_weights
 from distill_trainer.losses.layerwise import layerwise_loss
-from distill_trainer.losses.logits import gap_weights, kl_divergence, kl_divergence_loss, lm_loss
+from distill_trainer.losses.logits import kl_divergence, kl_divergence_loss, lm_loss
 from distill_trainer.losses.reduction import token_mean
 from distill_trainer.router import (
     KnowledgeGap,

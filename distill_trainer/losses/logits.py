@@ -26,6 +26,30 @@ def kl_divergence(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
     return (logprobs.exp() * (logprobs - other_logprobs)).sum(dim=-1)
 
 
+def divergence(student_logprobs: Tensor, teacher_logprobs: Tensor, direction: str) -> Tensor:
+    """Divergence of the student's distribution from the teacher's in nats, see `kl_divergence_loss` for directions.
+
+    Args:
+        student_logprobs: Finite log-probabilities, `(..., num_outcomes)`.
+        teacher_logprobs: Same shape.
+        direction: `forward`, `reverse` or `js`.
+
+    Returns:
+        `(...)`.
+
+    Raises:
+        ConfigurationError: If the direction is unknown.
+    """
+    if direction == "forward":
+        return kl_divergence(teacher_logprobs, student_logprobs)
+    if direction == "reverse":
+        return kl_divergence(student_logprobs, teacher_logprobs)
+    if direction == "js":
+        mixture = torch.logaddexp(student_logprobs, teacher_logprobs) - math.log(2)
+        return (kl_divergence(teacher_logprobs, mixture) + kl_divergence(student_logprobs, mixture)) / 2
+    raise ConfigurationError(f"direction must be one of forward, reverse, js, got {direction!r}.")
+
+
 def kl_divergence_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -69,16 +93,8 @@ def kl_divergence_loss(
         ConfigurationError: If the logits differ in shape, or the direction is unknown.
     """
     student_logits, teacher_logits = select_pairs(student_logits, teacher_logits, mask)
-    student, teacher = (_logprobs(logits, temperature) for logits in (student_logits, teacher_logits))
-    if direction == "forward":
-        per_token = kl_divergence(teacher, student)
-    elif direction == "reverse":
-        per_token = kl_divergence(student, teacher)
-    elif direction == "js":
-        mixture = torch.logaddexp(student, teacher) - math.log(2)
-        per_token = (kl_divergence(teacher, mixture) + kl_divergence(student, mixture)) / 2
-    else:
-        raise ConfigurationError(f"direction must be one of forward, reverse, js, got {direction!r}.")
+    student, teacher = (tempered_logprobs(logits, temperature) for logits in (student_logits, teacher_logits))
+    per_token = divergence(student, teacher, direction)
     weights = None if token_weights is None else token_weights[mask].detach().float()
     return temperature**2 * token_mean(per_token, num_items_in_batch, weights)
 
@@ -106,37 +122,7 @@ def lm_loss(
     return token_mean(per_token, num_items_in_batch)
 
 
-def gap_weights(gap: Tensor, mask: Tensor, *, bound: float = 4.0) -> Tensor:
-    r"""Weights of the anchors that grow with the knowledge gap, mean one over the mask.
-
-    w = min((1 + gap / mean gap) / 2, bound), then w + (1 - mean w) * (bound - w) / (bound - mean w): half of an
-    anchor's weight is the same for all, half is its share of the gap, and what the cap cut off is spread in proportion
-    to the room below it. So weights lie in [1/2, bound] and average to one. The rule is this project's own.
-
-    The mean runs over the given anchors, so it depends on who shares the micro-batch.
-
-    Args:
-        gap: Knowledge gap of each anchor, 0 or above (below counts as 0), in nats, shape of `mask`. Detached.
-        mask: True where an anchor counts, bool.
-        bound: Largest weight, 2 or above.
-
-    Returns:
-        Float32, shape of `mask`, 0 outside the mask, without gradient. All ones where no anchor has a gap.
-
-    Raises:
-        ConfigurationError: If the bound is below 2.
-    """
-    if bound < 2:
-        raise ConfigurationError(f"bound must be 2 or above, got {bound}.")
-    check_mask(mask)
-    selected = gap[mask].detach().float().clamp(min=0)
-    # All gaps 0: 0 / tiny leaves 1/2 everywhere, and the second step lifts that to one.
-    raw = (1 + selected / selected.mean().clamp(min=torch.finfo(torch.float32).tiny)) / 2
-    capped = raw.clamp(max=bound)
-    lifted = capped + (1 - capped.mean()) * (bound - capped) / (bound - capped.mean())
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, lifted)
-
-
-def _logprobs(logits: Tensor, temperature: float) -> Tensor:
+def tempered_logprobs(logits: Tensor, temperature: float) -> Tensor:
+    """Log-softmax at a temperature, finite: a logit of -inf becomes `LOGPROB_FLOOR`."""
     logprobs = F.log_softmax(logits / temperature, dim=-1)
     return logprobs.masked_fill(logprobs.isneginf(), LOGPROB_FLOOR)
