@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distill_trainer.anchors import IGNORE_INDEX
 from distill_trainer.router import RouterOutput
 from distill_trainer.taps import TrunkOutput
 from distill_trainer.teacher import TeacherOutput
@@ -15,24 +16,25 @@ class RoutedBatch:
     """The student-aware teacher at the anchors of one batch.
 
     Attributes:
-        logits: Over the teacher's vocabulary, `(num_anchors, teacher_vocab_size)`.
-        logprobs: Over the student's vocabulary, `(num_anchors, student_vocab_size)`.
         residual: Re-routed residual stream after the last layer, `(num_anchors, teacher_hidden_size)`.
+        hidden_states: Input of the teacher's head, same shape.
         gap: KL(teacher with its own gate || student), nats, `(num_anchors,)`.
         mask: Which of the batch's anchors these are, `(batch_size, num_anchors_in_row)`.
         router: The router's decision, None without a router.
         gate_logits: The gate's scores, None without a router, `(num_anchors, num_experts)`.
         gate_experts: The gate's own choice, None without a router, `(num_anchors, gate_top_k)`.
+        logits: Over the teacher's vocabulary, `(num_anchors, teacher_vocab_size)`; None in training, which never holds
+            them all at once.
     """
 
-    logits: Tensor
-    logprobs: Tensor
     residual: Tensor
+    hidden_states: Tensor
     gap: Tensor
     mask: Tensor
     router: RouterOutput | None = None
     gate_logits: Tensor | None = None
     gate_experts: Tensor | None = None
+    logits: Tensor | None = None
 
     def __getattr__(self, name: str):
         """The router's own figures, such as `selected_experts`, by their name."""
@@ -47,22 +49,48 @@ class AnchorBatch:
 
     Attributes:
         trunk: The student's trunk.
-        logits: The student's logits, `(num_anchors, student_vocab_size)`.
-        targets: The student's true next tokens, `(num_anchors,)`.
+        hidden_states: Input of the student's head where a token is predicted, the anchors first,
+            `(num_positions, student_hidden_size)`.
+        labels: The student's true next tokens, `(num_positions,)`.
+        owner: The anchor of the span that each of them is predicted in, -1 for none, `(num_positions,)`.
         teacher: The teacher with its own gate.
+        upcoming: The teacher's true next tokens at the anchors, `(num_anchors,)`.
+        num_items: Predicted tokens of the whole accumulated batch, None for this batch alone.
         num_anchors: Anchors of the whole accumulated batch, None for this batch alone.
     """
 
     trunk: TrunkOutput
-    logits: Tensor
-    targets: Tensor
+    hidden_states: Tensor
+    labels: Tensor
+    owner: Tensor
     teacher: TeacherOutput
+    upcoming: Tensor
+    num_items: Tensor | float | None = None
     num_anchors: Tensor | float | None = None
+
+    @classmethod
+    def of(cls, batch: dict[str, Tensor], trunk: TrunkOutput, teacher: TeacherOutput, **counts) -> "AnchorBatch":
+        """Put both sides of a collated batch together. The shift of the labels happens here."""
+        anchors, labels = teacher.anchors, batch["labels"]
+        predicted = labels[:, 1:] != IGNORE_INDEX
+        predicted[anchors.rows, anchors.student_positions] = False
+        others = predicted.nonzero(as_tuple=True)
+        rows = torch.cat([anchors.rows, others[0]])
+        positions = torch.cat([anchors.student_positions, others[1]])
+        return cls(
+            trunk,
+            trunk.last_hidden_state[rows, positions],
+            labels[rows, positions + 1],
+            teacher.spans.student_owner[rows, positions],
+            teacher,
+            batch["teacher_input_ids"][anchors.rows, anchors.teacher_positions + 1],
+            **counts,
+        )
 
     @property
     def mask(self) -> Tensor:
         """All True, `(num_anchors,)`: these anchors were selected beforehand."""
-        return torch.ones_like(self.targets, dtype=torch.bool)
+        return torch.ones_like(self.upcoming, dtype=torch.bool)
 
     def select(self, hidden_states: Tensor) -> Tensor:
         """Rows of a student tensor `(batch_size, sequence_length, size)` at the anchors."""

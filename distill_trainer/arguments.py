@@ -1,10 +1,8 @@
 """Settings of a run: three dataclasses that check their values, parsed from one file and command-line flags."""
 
 import copy
-import math
 import os
 import re
-import tempfile
 from argparse import SUPPRESS
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ from transformers.hf_argparser import string_to_bool
 from distill_trainer.errors import ConfigurationError
 from distill_trainer.parsing import SettingsParser
 from distill_trainer.schedules import LOSS_NAMES
+from distill_trainer.validation import check_choice, check_number, check_writable
 
 
 @dataclass
@@ -42,8 +41,8 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        _check_choice("teacher_dtype", self.teacher_dtype, ("float32", "float16", "bfloat16", "auto"))
-        _check_choice("student_init", self.student_init, ("pretrained", "random"))
+        check_choice("teacher_dtype", self.teacher_dtype, ("float32", "float16", "bfloat16", "auto"))
+        check_choice("student_init", self.student_init, ("pretrained", "random"))
 
 
 @dataclass
@@ -84,9 +83,9 @@ class DataArguments:
                     f"got {self.dataset_weights}."
                 )
             for weight in self.dataset_weights:
-                _check_number("dataset_weights", weight, above=0)
+                check_number("dataset_weights", weight, above=0)
         if self.dataset_subset_size is not None:
-            _check_number("dataset_subset_size", self.dataset_subset_size, least=1)
+            check_number("dataset_subset_size", self.dataset_subset_size, least=1)
         if not 0 < self.validation_fraction < 1:
             raise ConfigurationError(
                 f"validation_fraction must be above 0 and below 1, got {self.validation_fraction}."
@@ -142,6 +141,21 @@ class DistillationArguments(TrainingArguments):
     )
     final_temperature: float = field(
         default=1.0, metadata={"help": "Softmax temperature of the KL at the end, above 0."}
+    )
+    kl_method: str = field(
+        default="projected",
+        metadata={"help": "How the two vocabularies are compared: projected, topk, uld, hybrid or alm."},
+    )
+    kl_top_k: int = field(
+        default=64, metadata={"help": "Student tokens that kl_method topk tells apart, 1 or above; the rest is one."}
+    )
+    span_correction: bool = field(
+        default=True,
+        metadata={"help": "Give a student token that spans several teacher tokens their joint probability."},
+    )
+    logit_chunk_mb: float | None = field(
+        default=None,
+        metadata={"help": "Megabytes of logits that exist at once, above 0. None: a tenth of what all would take."},
     )
     kl_direction: str = field(
         default="forward",
@@ -264,9 +278,9 @@ class DistillationArguments(TrainingArguments):
         if self.layer_map == ["uniform"]:
             self.layer_map = "uniform"
         self._check_weights()
-        self._check_numbers()
+        self.check_numbers()
         self._check_layers()
-        _check_choice("kl_direction", self.kl_direction, ("forward", "reverse", "js"))
+        self._check_logits()
         if self.remove_unused_columns:
             raise ConfigurationError(
                 "remove_unused_columns must be false, got true. The teacher's columns are needed."
@@ -276,7 +290,7 @@ class DistillationArguments(TrainingArguments):
                 "fp16 must be false without a GPU, got true. Leave it out, or set bf16 and use_cpu."
             )
         assert self.output_dir is not None  # TrainingArguments has set it
-        _check_writable(Path(self.output_dir))
+        check_writable(Path(self.output_dir))
 
     def loss_weights(self) -> dict[str, float]:
         """Weight of each loss of `LOSS_NAMES` before any schedule; `lm` is `1 - kl_weight` where it is not set."""
@@ -299,7 +313,7 @@ class DistillationArguments(TrainingArguments):
     def _check_weights(self) -> None:
         for name in (f"{name}_weight" for name in LOSS_NAMES):
             if getattr(self, name) is not None:
-                _check_number(name, getattr(self, name), least=0)
+                check_number(name, getattr(self, name), least=0)
         if self.lm_weight is None and self.kl_weight > 1:
             raise ConfigurationError(
                 f"kl_weight must be at most 1 while lm_weight is 1 - kl_weight, got {self.kl_weight}. Set lm_weight."
@@ -308,24 +322,35 @@ class DistillationArguments(TrainingArguments):
             names = ", ".join(f"{name}_weight" for name in LOSS_NAMES)
             raise ConfigurationError(f"{names} must not all be 0, got 0 for each. Nothing would train.")
 
-    def _check_numbers(self) -> None:
+    def check_numbers(self) -> None:
         for name in ("temperature", "final_temperature", "router_temperature", "final_router_temperature"):
-            _check_number(name, getattr(self, name), above=0)
+            check_number(name, getattr(self, name), above=0)
         for name in ("router_student_weight", "router_anchor_weight", "router_balance_weight"):
-            _check_number(name, getattr(self, name), least=0)
+            check_number(name, getattr(self, name), least=0)
         for name in ("learning_rate", "router_learning_rate", "dataloader_num_workers", "seed"):
-            _check_number(name, getattr(self, name), least=0)
+            check_number(name, getattr(self, name), least=0)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            _check_number(name, getattr(self, name), least=1)
+            check_number(name, getattr(self, name), least=1)
         for name in ("initial_top_k", "final_top_k", "max_nonfinite_steps", "lora_r", "lora_alpha"):
-            _check_number(name, getattr(self, name), least=1)
-        _check_number("max_length", self.max_length, least=2)
-        _check_number("num_train_epochs", self.num_train_epochs, above=0)
+            check_number(name, getattr(self, name), least=1)
+        check_number("max_length", self.max_length, least=2)
+        check_number("num_train_epochs", self.num_train_epochs, above=0)
         if not 0 <= self.lora_dropout < 1:
             raise ConfigurationError(f"lora_dropout must be from 0 to below 1, got {self.lora_dropout}.")
         bounds = self.phase_boundaries
         if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] <= 1:
             raise ConfigurationError(f"phase_boundaries must be two rising values from 0 to 1, got {bounds}.")
+
+    def _check_logits(self) -> None:
+        check_choice("kl_method", self.kl_method, ("projected", "topk", "uld", "hybrid", "alm"))
+        check_choice("kl_direction", self.kl_direction, ("forward", "reverse", "js"))
+        if self.kl_method == "uld" and self.kl_direction != "forward":
+            raise ConfigurationError(
+                f"kl_direction must be forward with kl_method uld, got {self.kl_direction}: it has no direction."
+            )
+        check_number("kl_top_k", self.kl_top_k, least=1)
+        if self.logit_chunk_mb is not None:
+            check_number("logit_chunk_mb", self.logit_chunk_mb, above=0)
 
     def _check_layers(self) -> None:
         for name in ("feature_layers", "attention_layers"):
@@ -369,29 +394,3 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     if training.project != "huggingface":
         os.environ["WANDB_PROJECT"] = training.project  # the only place where the Trainer's wandb callback looks
     return model, text, training
-
-
-def _check_number(name: str, value: float, *, least: float | None = None, above: float | None = None) -> None:
-    """Raise unless `value` is finite and at least `least`, or above `above`."""
-    fits = value >= least if least is not None else above is not None and value > above
-    if not fits or not math.isfinite(value):
-        rule = f"{least} or above" if least is not None else f"above {above}"
-        raise ConfigurationError(f"{name} must be {rule}, got {value}.")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigurationError(f"{name} must be one of {', '.join(choices)}, got {value}.")
-
-
-def _check_writable(folder: Path) -> None:
-    """Raise unless a file can be made in `folder` or in its nearest existing parent. Leaves nothing behind."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    try:
-        # A trial, because the permission bits say nothing to root, on read-only disks and in /proc.
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise ConfigurationError(
-            f"output_dir must be a folder that can be written, got {folder} ({error.strerror})."
-        ) from error

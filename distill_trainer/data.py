@@ -11,12 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from distill_trainer.alignment import NO_BOUNDARY, encode, merge_ends, window_size
+from distill_trainer.alignment import merge_ends, window_size
+from distill_trainer.anchors import IGNORE_INDEX
 from distill_trainer.errors import DataError
+from distill_trainer.tokens import NO_BOUNDARY, encode
 
 logger = logging.get_logger(__name__)
 
-IGNORE_INDEX = -100
+
 # Why a document or a window is left out.
 EMPTY, SHORT = "empty_documents", "short_windows"
 

@@ -1,29 +1,26 @@
 """All that trains in one module: the student, the student-aware router and the projections to the teacher's width."""
 
-import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill_trainer.aligned import AnchorBatch, RoutedBatch
+from distill_trainer.anchors import IGNORE_INDEX
+from distill_trainer.logit_loss import LogitSettings, Survey
+from distill_trainer.logit_pass import LogitPass
 from distill_trainer.losses.attention import attention_loss, attention_rows, pool_spans
 from distill_trainer.losses.contrastive import contrastive_loss
 from distill_trainer.losses.feature import feature_loss
-from distill_trainer.losses.gap_weights import gap_weights
 from distill_trainer.losses.layerwise import layerwise_loss
-from distill_trainer.losses.logits import kl_divergence, kl_divergence_loss, lm_loss
 from distill_trainer.losses.reduction import token_mean
-from distill_trainer.router import (
-    KnowledgeGap,
-    StudentAwareRouter,
-    routing_losses,
-    student_divergence,
-)
-from distill_trainer.schedules import ScheduledValues
-from distill_trainer.taps import LayerPairs, lm_logits, run_trunk
-from distill_trainer.teacher import IGNORE_INDEX, Teacher, TeacherOutput
+from distill_trainer.router import KnowledgeGap, StudentAwareRouter, routing_losses
+from distill_trainer.schedules import LOGIT_LOSSES, ScheduledValues
+from distill_trainer.taps import LayerPairs, output_head, run_trunk
+from distill_trainer.teacher import Teacher, TeacherOutput
 
 STUDENT_PREFIX = "student."
 
@@ -37,8 +34,7 @@ class DistillationModel(nn.Module):
         teacher_hidden_size: Width that student states are projected to.
         pairs: Layers to compare.
         contrastive: Make the projection of the contrastive loss.
-        kl_direction: `forward`, `reverse` or `js`, see `kl_divergence_loss`.
-        gap_weighting: Weigh anchors in the KL loss by their knowledge gap, see `gap_weights`.
+        logits: How the logit losses compare the models.
     """
 
     # Tells the Trainer to count the items of the whole accumulated batch.
@@ -52,14 +48,12 @@ class DistillationModel(nn.Module):
         teacher_hidden_size: int,
         pairs: LayerPairs,
         contrastive: bool,
-        kl_direction: str = "forward",
-        gap_weighting: bool = True,
+        logits: LogitSettings | None = None,
     ):
         super().__init__()
         self.student = student
         self.pairs = pairs
-        self.kl_direction = kl_direction
-        self.gap_weighting = gap_weighting
+        self.logit_settings = logits or LogitSettings()
         width = self.causal_lm.config.hidden_size
         self.router = None if gate_rows is None else StudentAwareRouter(gate_rows, width)
         self.gap = KnowledgeGap()
@@ -99,119 +93,100 @@ class DistillationModel(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor,
         labels: Tensor,
-        losses: frozenset[str] = frozenset(),
+        weights: dict[str, float] | None = None,
         teacher: Teacher | None = None,
         teacher_output: TeacherOutput | None = None,
         values: ScheduledValues | None = None,
-        per_row: bool = False,
         **batch,
-    ) -> dict[str, dict[str, Tensor]]:
-        """Named losses of a batch, unweighted.
+    ) -> dict[str, Any]:
+        """Losses of a batch.
 
         Args:
             input_ids: Student tokens, `(batch_size, sequence_length)`.
             attention_mask: 1 at real tokens, same shape.
             labels: `input_ids`, -100 where a token is not predicted, same shape. The shift happens here.
-            losses: Names of the losses to compute.
+            weights: Weight of each loss; those of 0 are not computed. None gives the summed cross-entropy of each row,
+                `(batch_size,)`, as `row_nats`, and nothing else.
             teacher: The frozen teacher, for re-routing.
             teacher_output: What it computed. None skips all losses but `lm`.
             values: Temperatures, top-k and unlocked fraction.
-            per_row: Give the summed cross-entropy of each row as `lm`, `(batch_size,)`, and nothing else.
             **batch: The rest of the collated batch, `num_items_in_batch` (tokens that the accumulated batch predicts)
                 and `num_anchors_in_batch` (its anchors).
 
         Returns:
-            `losses` by name, `router` with the parts of the router's objective (empty without one), and `metrics`,
-            detached. Everything is a share of a mean over the whole accumulated batch.
+            `logit_loss`: the weighted sum of KL, LM and the router's share of the logits, whose gradients are formed
+            together. `losses`: all by name and unweighted, `kl` and `lm` detached. `router`: the parts of the router's
+            objective, empty without one, `ce` and `student_kl` detached. `metrics`: detached. Everything is a share of
+            a mean over the whole accumulated batch.
         """
-        tapped: dict[str, tuple[int, ...]] = {}
-        if teacher_output is not None:
-            tapped = self.tapped_layers(losses, side=0)
+        losses = frozenset(name for name, weight in (weights or {}).items() if weight > 0)
+        tapped = {} if teacher_output is None else self.tapped_layers(weights, side=0)
         trunk = run_trunk(self.causal_lm, input_ids, attention_mask, **tapped)
-        predicted = labels[:, 1:] != IGNORE_INDEX
-        logits = lm_logits(self.causal_lm, trunk.last_hidden_state[:, :-1][predicted])
-        targets = labels[:, 1:][predicted]
-        everything = torch.ones_like(targets, dtype=torch.bool)
+        logits = LogitPass(self.logit_settings, output_head(self.causal_lm), teacher)
         num_items, num_anchors = batch.get("num_items_in_batch"), batch.get("num_anchors_in_batch")
-        result: dict[str, dict[str, Tensor]] = {"losses": {}, "router": {}, "metrics": {}}
-        if per_row:
-            nats = F.cross_entropy(logits.float(), targets, reduction="none")
-            rows = nats.new_zeros(len(labels)).index_add(0, predicted.nonzero()[:, 0], nats)
-            return result | {"losses": {"lm": rows}}
-        if "lm" in losses:
-            result["losses"]["lm"] = lm_loss(logits, targets, everything, num_items_in_batch=num_items)
         if teacher_output is None:
-            return result
+            predicted = labels[:, 1:] != IGNORE_INDEX
+            states, targets = trunk.last_hidden_state[:, :-1][predicted], labels[:, 1:][predicted]
+            if weights is None:
+                nats = -logits.token_logprobs(logits.head, states, targets)
+                return {"row_nats": nats.new_zeros(len(labels)).index_add(0, predicted.nonzero()[:, 0], nats)}
+            lm = logits.text_loss(states, targets, num_items=num_items)
+            return {"logit_loss": weights["lm"] * lm, "losses": {"lm": lm.detach()}, "router": {}, "metrics": {}}
 
-        anchors = teacher_output.anchors
-        index = (predicted.flatten().cumsum(0) - 1).view_as(predicted)[anchors.rows, anchors.student_positions]
-        at_anchors = AnchorBatch(trunk, logits[index], targets[index], teacher_output, num_anchors)
-        routed = self.route(at_anchors, teacher, values)
-        if "kl" in losses:
-            result["losses"]["kl"] = self._kl_loss(at_anchors, routed, values)
-        result["losses"] |= self._state_losses(at_anchors, routed, losses, values.unlocked_fraction)
+        batch |= {"input_ids": input_ids, "labels": labels}
+        at = AnchorBatch.of(batch, trunk, teacher_output, num_items=num_items, num_anchors=num_anchors)
+        survey = logits.survey(at)
+        routed = self.route(at, survey, teacher, values)
+        logit_loss, parts = logits.losses(at, routed, survey, weights=weights, temperature=values.temperature)
+        state_losses = self._state_losses(at, routed, losses, values.unlocked_fraction)
         if "attention" in losses:
-            result["losses"]["attention"] = self._attention_loss(at_anchors, attention_mask, batch)
-        if self.router is not None:
-            result["router"] = self._router_losses(at_anchors, routed, teacher, batch["teacher_input_ids"])
-        result["metrics"] = self._metrics(at_anchors, routed)
-        return result
-
-    def tapped_layers(self, losses: frozenset[str], side: int) -> dict[str, tuple[int, ...]]:
-        """Layers that the active losses need, of the student (side 0) or the teacher (side 1)."""
-        pairs = [pair for name in ("feature", "layerwise") if name in losses for pair in getattr(self.pairs, name)]
-        attention = self.pairs.attention if "attention" in losses else ()
+            state_losses["attention"] = self._attention_loss(at, attention_mask, batch)
         return {
-            "layers": tuple(sorted({pair[side] for pair in pairs})),
-            "attention_layers": tuple(sorted({pair[side] for pair in attention})),
+            "logit_loss": logit_loss,
+            "losses": {name: parts[name] for name in LOGIT_LOSSES if name in losses} | state_losses,
+            "router": {} if self.router is None else self._router_losses(at, routed, survey, parts),
+            "metrics": self._metrics(at, routed, survey, parts["teacher_loss"]),
         }
 
-    def route(self, at: AnchorBatch, teacher: Teacher, values: ScheduledValues) -> RoutedBatch:
-        """Let the router choose at every anchor, and give what the teacher then holds and says.
+    def tapped_layers(self, weights: Mapping[str, float], side: int) -> dict[str, tuple[int, ...]]:
+        """Layers that the losses with a weight need, of the student (side 0) or the teacher (side 1)."""
+        used = self.pairs.used_by(weights)
+        return {
+            "layers": tuple(sorted({pair[side] for pair in used.feature + used.layerwise})),
+            "attention_layers": tuple(sorted({pair[side] for pair in used.attention})),
+        }
+
+    def route(self, at: AnchorBatch, survey: Survey, teacher: Teacher, values: ScheduledValues) -> RoutedBatch:
+        """Let the router choose at every anchor, and give what the teacher then holds.
 
         Without a router it is the teacher as it is.
         """
-        output = at.teacher
-        own_logprobs = teacher.projection.log_probs(output.logits)
-        student_logprobs = F.log_softmax(at.logits.detach().float(), dim=-1)
-        gap = kl_divergence(own_logprobs, student_logprobs).clamp(min=0)
+        output, own, mask = at.teacher, at.teacher.experts, at.teacher.anchors.mask
         if self.router is None:
-            return RoutedBatch(output.logits, own_logprobs, output.residual, gap, output.anchors.mask)
-        entropy = -(student_logprobs.exp() * student_logprobs).sum(dim=-1) / math.log(student_logprobs.shape[-1])
+            return RoutedBatch(output.residual, output.hidden_states, survey.gap, mask)
         decision = self.router(
-            output.experts.hidden_states,
+            own.hidden_states,
             at.select(at.trunk.last_hidden_state),
-            entropy,
-            gap,
-            output.experts.router_logits,
+            survey.entropy,
+            survey.gap,
+            own.router_logits,
             values.top_k,
             values.router_temperature,
         )
-        residual, logits = teacher.reroute(output, decision.selected_experts, decision.routing_weights)
-        logprobs = teacher.projection.log_probs(logits)
-        own, mask = output.experts, output.anchors.mask
-        return RoutedBatch(logits, logprobs, residual, gap, mask, decision, own.router_logits, own.selected_experts)
+        residual, hidden_states = teacher.reroute(output, decision.selected_experts, decision.routing_weights)
+        return RoutedBatch(
+            residual, hidden_states, survey.gap, mask, decision, own.router_logits, own.selected_experts
+        )
 
     def route_batch(
         self, batch: dict[str, Tensor], teacher: Teacher, teacher_output: TeacherOutput, values: ScheduledValues
     ) -> RoutedBatch:
-        """`route` for a collated batch on its own, to look at what the router does."""
-        anchors = teacher_output.anchors
+        """`route` for a collated batch on its own, with the logits, to look at what the router does."""
         trunk = run_trunk(self.causal_lm, batch["input_ids"], batch["attention_mask"])
-        logits = lm_logits(self.causal_lm, trunk.last_hidden_state[anchors.rows, anchors.student_positions])
-        targets = batch["labels"][anchors.rows, anchors.student_positions + 1]
-        return self.route(AnchorBatch(trunk, logits, targets, teacher_output), teacher, values)
-
-    def _kl_loss(self, at: AnchorBatch, routed: RoutedBatch, values: ScheduledValues) -> Tensor:
-        return kl_divergence_loss(
-            at.logits,
-            routed.logprobs,
-            at.mask,
-            temperature=values.temperature,
-            direction=self.kl_direction,
-            token_weights=gap_weights(routed.gap, at.mask) if self.gap_weighting else None,
-            num_items_in_batch=at.num_anchors,
-        )
+        at = AnchorBatch.of(batch, trunk, teacher_output)
+        survey = LogitPass(self.logit_settings, output_head(self.causal_lm), teacher).survey(at)
+        routed = self.route(at, survey, teacher, values)
+        return replace(routed, logits=teacher.head(routed.hidden_states))
 
     def _state_losses(
         self, at: AnchorBatch, routed: RoutedBatch, losses: frozenset[str], unlocked_fraction: float
@@ -266,27 +241,22 @@ class DistillationModel(nn.Module):
         return torch.stack(values).mean()
 
     def _router_losses(
-        self, at: AnchorBatch, routed: RoutedBatch, teacher: Teacher, teacher_input_ids: Tensor
+        self, at: AnchorBatch, routed: RoutedBatch, survey: Survey, parts: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """The parts of the router's objective. The student's side is detached throughout."""
-        anchors = at.teacher.anchors
-        # The teacher's own next token: exact, where the projected vocabulary may lack the student's.
-        upcoming = teacher_input_ids[anchors.rows, anchors.teacher_positions + 1]
-        true_logprobs = -F.cross_entropy(at.logits.detach().float(), at.targets, reduction="none")
-        divergence = student_divergence(at.logits, routed.logprobs, teacher.projection.reachable)
-        return {
-            "ce": lm_loss(routed.logits, upcoming, at.mask, num_items_in_batch=at.num_anchors),
-            "student_kl": token_mean(divergence, at.num_anchors),
-        } | routing_losses(routed.router, routed.gate_logits, true_logprobs.exp(), num_items_in_batch=at.num_anchors)
+        routing = routing_losses(
+            routed.router, routed.gate_logits, survey.true_logprobs.exp(), num_items_in_batch=at.num_anchors
+        )
+        return {"ce": parts["ce"], "student_kl": parts["student_kl"]} | routing
 
     @torch.no_grad()
-    def _metrics(self, at: AnchorBatch, routed: RoutedBatch) -> dict[str, Tensor]:
-        student_loss = F.cross_entropy(at.logits.float(), at.targets, reduction="none")
-        teacher_loss = F.nll_loss(routed.logprobs, at.targets, reduction="none")
+    def _metrics(
+        self, at: AnchorBatch, routed: RoutedBatch, survey: Survey, teacher_loss: Tensor
+    ) -> dict[str, Tensor]:
         same_next = at.teacher.anchors.same_next
         metrics = {
             "gap": token_mean(routed.gap, at.num_anchors),
-            "gap_difference": (student_loss - teacher_loss)[same_next].sum(),
+            "gap_difference": -survey.true_logprobs[same_next].sum() - teacher_loss,
             "gap_count": same_next.sum().float(),
         }
         if routed.router is not None:

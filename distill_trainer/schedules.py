@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 LOSS_NAMES = ("kl", "feature", "attention", "layerwise", "contrastive", "lm")
+# Those over the vocabulary, whose gradients one pass forms together.
+LOGIT_LOSSES = ("kl", "lm")
 
 # Losses that each phase adds to those of the phases before it.
 PHASE_LOSSES = {1: ("kl", "lm"), 2: ("attention", "feature"), 3: ("layerwise", "contrastive")}

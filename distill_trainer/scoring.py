@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill_trainer.teacher import IGNORE_INDEX
+from distill_trainer.anchors import IGNORE_INDEX
 
 
 def scored_labels(batch: dict[str, Tensor]) -> Tensor:

@@ -32,11 +32,11 @@ class StepRecord:
         if "gap_difference" in metrics:
             pair = torch.stack([metrics.pop("gap_difference"), metrics.pop("gap_count")]).double()
             self._difference = pair if self._difference is None else self._difference + pair
-        for name, value in outputs["losses"].items():
+        routing = {f"router_{name}": value for name, value in outputs["router"].items()}
+        for name, value in (outputs["losses"] | routing).items():
             self._finite[name] = self._finite.get(name, True) & value.detach().isfinite()
         named = {f"loss_{name}": value for name, value in outputs["losses"].items()}
-        named |= {f"router_{name}": value for name, value in outputs["router"].items()}
-        for name, value in (named | metrics).items():
+        for name, value in (named | routing | metrics).items():
             self._totals[name] = self._totals.get(name, 0) + value.detach().float()
 
     def nonfinite_losses(self) -> list[str]:

@@ -1,6 +1,6 @@
 """Reading a causal language model from inside: residual streams, attention inputs and head, on chosen layers only."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -12,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from distill_trainer.errors import ConfigurationError, UnsupportedModelError
+from distill_trainer.losses.heads import Head
 
 ATTENTION_WITH_TAP = "sdpa_with_tap"
 # Pairs of layers that a uniform map gives the layer-wise loss.
@@ -104,13 +105,17 @@ def attention_module(layer: nn.Module) -> nn.Module:
     )
 
 
-def lm_logits(model: PreTrainedModel, hidden_states: Tensor) -> Tensor:
-    """The head's logits at any positions, `(..., hidden_size)` -> `(..., vocab_size)`, in the model's own scale."""
-    logits = model.get_output_embeddings()(hidden_states)
-    logits = logits * (getattr(model.config, "logit_scale", None) or 1.0)
-    logits = logits / (getattr(model.config, "logits_scaling", None) or 1.0)
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+def output_head(model: PreTrainedModel, *, autocast: bool = True) -> Head:
+    """The model's head, in its own scale."""
+    config = model.config
+    return Head(
+        model.get_output_embeddings(),
+        vocab_size=config.vocab_size,
+        factor=getattr(config, "logit_scale", None) or 1.0,
+        divisor=getattr(config, "logits_scaling", None) or 1.0,
+        softcap=getattr(config, "final_logit_softcapping", None),
+        autocast=autocast,
+    )
 
 
 def run_trunk(
@@ -238,6 +243,6 @@ class LayerPairs:
             attention=checked("attention_layers", nearest(attention_layers)),
         )
 
-    def used_by(self, weights: dict[str, float]) -> "LayerPairs":
+    def used_by(self, weights: Mapping[str, float]) -> "LayerPairs":
         """The pairs of the losses whose weight is above 0."""
         return LayerPairs(**{f.name: getattr(self, f.name) if weights[f.name] > 0 else () for f in fields(self)})

@@ -9,49 +9,13 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from distill_trainer.alignment import VocabularyProjection
+from distill_trainer.anchors import Anchors, Spans
 from distill_trainer.errors import UnsupportedModelError
 from distill_trainer.losses.attention import attention_rows, pool_spans
 from distill_trainer.moe import ExpertCall, expert_blocks, mix_experts, record_experts
-from distill_trainer.taps import decoder_layers, final_norm, lm_logits, run_trunk
+from distill_trainer.taps import decoder_layers, final_norm, output_head, run_trunk
 
 logger = logging.get_logger(__name__)
-
-IGNORE_INDEX = -100
-
-
-@dataclass
-class Anchors:
-    """The anchors of a batch from which there is something to learn: those with a next token. One entry each.
-
-    Attributes:
-        mask: True where the batch's `[batch_size, num_anchors]` tensors hold such an anchor.
-        rows: Row of the batch, `(num_anchors,)`.
-        student_positions: Position in the student's tokens, `(num_anchors,)`.
-        teacher_positions: Position in the teacher's tokens, `(num_anchors,)`.
-        same_next: True where the next token of both sides ends at the same place: both predict the same bytes.
-    """
-
-    mask: Tensor
-    rows: Tensor
-    student_positions: Tensor
-    teacher_positions: Tensor
-    same_next: Tensor
-
-    @classmethod
-    def of(cls, batch: dict[str, Tensor]) -> "Anchors":
-        """The anchors of a collated batch, in row order."""
-        students, teachers, present = batch["student_positions"], batch["teacher_positions"], batch["anchor_mask"]
-        # Position 0 of `upcoming` is the label that follows position 0: the only place that shifts anchors.
-        upcoming = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
-        mask = present & upcoming.gather(1, students).ne(IGNORE_INDEX)
-        same_next = torch.zeros_like(mask)
-        same_next[:, :-1] = (
-            present[:, 1:] & (students[:, 1:] == students[:, :-1] + 1) & (teachers[:, 1:] == teachers[:, :-1] + 1)
-        )
-        return cls(mask, mask.nonzero()[:, 0], students[mask], teachers[mask], same_next[mask])
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
 
 @dataclass
@@ -62,20 +26,24 @@ class TeacherOutput:
         anchors: Where.
         last_layer: Index of the last layer.
         residual: Residual stream after the last layer, `(num_anchors, hidden_size)`.
-        logits: Over the teacher's vocabulary, `(num_anchors, teacher_vocab_size)`.
+        hidden_states: Input of the head, `(num_anchors, hidden_size)`.
         layers: Residual stream after each tapped layer, `(num_anchors, hidden_size)`.
         attentions: Attention over the spans between anchors of each tapped layer, mean of its heads,
             `(batch_size, 1, num_anchors, num_anchors)`.
         experts: What the last layer's experts did, None for a dense teacher.
+        spans: The tokens between the anchors.
+        inner_states: Input of the head at the inner tokens of the spans, `(num_inner, hidden_size)`.
     """
 
     anchors: Anchors
     last_layer: int
     residual: Tensor
-    logits: Tensor
+    hidden_states: Tensor
     layers: dict[int, Tensor]
     attentions: dict[int, Tensor]
     experts: ExpertCall | None
+    spans: Spans
+    inner_states: Tensor
 
 
 class Teacher:
@@ -93,6 +61,7 @@ class Teacher:
     def __init__(self, model: PreTrainedModel, projection: VocabularyProjection, *, use_router: bool = True):
         self.model = model.eval().requires_grad_(False)
         self.projection = projection
+        self.head = output_head(model, autocast=False)
         self.last_layer = model.config.num_hidden_layers - 1
         blocks = expert_blocks(model) if use_router else []
         self.block = blocks[-1] if blocks else None
@@ -122,7 +91,7 @@ class Teacher:
         """Read the batch's text with the teacher's own gate.
 
         Args:
-            batch: `teacher_input_ids`, `teacher_attention_mask`, `teacher_positions` and `anchor_mask`.
+            batch: A collated batch.
             anchors: Where the results are taken.
             layers: Layers whose residual stream is kept.
             attention_layers: Layers whose attention is kept.
@@ -149,14 +118,17 @@ class Teacher:
             )
             for layer, taps in trunk.attentions.items()
         }
+        spans = Spans.of(batch, anchors)
         return TeacherOutput(
             anchors=anchors,
             last_layer=self.last_layer,
             residual=trunk.layers[self.last_layer][at],
-            logits=lm_logits(self.model, trunk.last_hidden_state[at]),
+            hidden_states=trunk.last_hidden_state[at],
             layers={layer: trunk.layers[layer][at] for layer in layers},
             attentions=attentions,
             experts=experts,
+            spans=spans,
+            inner_states=trunk.last_hidden_state[spans.teacher_rows, spans.teacher_positions],
         )
 
     def reroute(
@@ -164,9 +136,9 @@ class Teacher:
     ) -> tuple[Tensor, Tensor]:
         """The student-aware teacher: what it would hold and say if its last experts were mixed like this.
 
-        The mixture takes the place of the experts' own output in the residual stream, then the final norm and the head
-        follow. Gradients reach `routing_weights` only. The weights are scaled by the sum of the gate's own, so that
-        families whose gates do not sum to 1 keep the size of their experts' output.
+        The mixture takes the place of the experts' own output in the residual stream, then the final norm follows.
+        Gradients reach `routing_weights` only. The weights are scaled by the sum of the gate's own, so that families
+        whose gates do not sum to 1 keep the size of their experts' output.
 
         Args:
             output: Of a call with the same text.
@@ -174,7 +146,7 @@ class Teacher:
             routing_weights: Sum 1, `(num_anchors, top_k)`.
 
         Returns:
-            Residual stream `(num_anchors, hidden_size)` and logits `(num_anchors, teacher_vocab_size)`.
+            Residual stream and input of the head, each `(num_anchors, hidden_size)`.
         """
         own = output.experts
         scale = own.routing_weights.float().sum(dim=-1, keepdim=True)
@@ -185,7 +157,7 @@ class Teacher:
         mixture = mix_experts(self.block, own.hidden_states, selected_experts, weights)
         with torch.autocast(mixture.device.type, enabled=False):
             residual = output.residual + (mixture - own.output)
-            return residual, lm_logits(self.model, final_norm(self.model)(residual))
+            return residual, final_norm(self.model)(residual)
 
     @torch.no_grad()
     def verify(self) -> None:
@@ -198,6 +170,7 @@ class Teacher:
         input_ids = torch.arange(1, 9, device=device).clamp(max=self.model.config.vocab_size - 1).unsqueeze(0)
         positions = torch.arange(7, device=device).unsqueeze(0)
         batch = {
+            "input_ids": input_ids,
             "labels": input_ids,
             "teacher_input_ids": input_ids,
             "teacher_attention_mask": torch.ones_like(input_ids),
@@ -211,7 +184,7 @@ class Teacher:
             raise UnsupportedModelError(
                 f"The teacher's logits overflow in {self.model.dtype}. Set teacher_dtype to bfloat16 or float32."
             )
-        self._check("head", output.logits, expected)
+        self._check("head", self.head(output.hidden_states), expected)
         if self.block is not None:
             self._verify_reroute(input_ids, output)
 
@@ -233,7 +206,7 @@ class Teacher:
             expected = self.model(input_ids=input_ids, use_cache=False).logits[0, :-1]
         finally:
             hook.remove()
-        self._check("re-routing", self.reroute(output, forced, torch.ones_like(scale))[1], expected)
+        self._check("re-routing", self.head(self.reroute(output, forced, torch.ones_like(scale))[1]), expected)
 
     def _check(self, what: str, found: Tensor, expected: Tensor) -> None:
         tolerance = {torch.float32: 1e-3, torch.float16: 1e-2}.get(expected.dtype, 6e-2)

@@ -1,5 +1,6 @@
 """`DistillationTrainer`: a Hugging Face `Trainer` whose loss teaches a student from a Mixture-of-Experts teacher."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from distill_trainer.alignment import VocabularyProjection
+from distill_trainer.anchors import IGNORE_INDEX, Anchors
 from distill_trainer.arguments import DistillationArguments
 from distill_trainer.callbacks import training_schedules
 from distill_trainer.checkpoint import load_modules, save_modules
@@ -17,14 +19,15 @@ from distill_trainer.data import DistillationCollator, prepare_dataset
 from distill_trainer.errors import ConfigurationError
 from distill_trainer.hub import push_student
 from distill_trainer.loading import resolve, with_adapters
+from distill_trainer.logit_loss import LogitSettings
 from distill_trainer.modeling import STUDENT_PREFIX, DistillationModel, RoutedBatch
 from distill_trainer.moe import gate_rows
-from distill_trainer.router import router_objective
-from distill_trainer.schedules import ScheduledValues, effective_logit_weights
+from distill_trainer.router import routing_objective
+from distill_trainer.schedules import LOGIT_LOSSES, ScheduledValues, effective_logit_weights
 from distill_trainer.scoring import bits_per_byte_metrics, scored_labels
 from distill_trainer.step_record import StepCallback, StepRecord
 from distill_trainer.taps import LayerPairs
-from distill_trainer.teacher import IGNORE_INDEX, Anchors, Teacher
+from distill_trainer.teacher import Teacher
 
 logger = logging.get_logger(__name__)
 
@@ -152,8 +155,7 @@ class DistillationTrainer(Trainer):
             teacher_hidden_size=width,
             pairs=pairs,
             contrastive=args.contrastive_weight > 0,
-            kl_direction=args.kl_direction,
-            gap_weighting=args.gap_weighting,
+            logits=LogitSettings(**{field.name: getattr(args, field.name) for field in fields(LogitSettings)}),
         )
 
     def _prepared(self, dataset, name: str, args: DistillationArguments):
@@ -208,30 +210,27 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Weighted sum of the losses of one micro-batch, a share of the mean over the accumulated batch."""
-        weights = self.effective_weights()
-        losses, teacher_output = frozenset(name for name, weight in weights.items() if weight > 0), None
+        args, weights, teacher_output = self.args, self.effective_weights(), None
         if self.teacher is not None:
             # Under no_grad: what the text looks like to the teacher with its own gate.
-            tapped = self.distillation_model.tapped_layers(losses, side=1)
+            tapped = self.distillation_model.tapped_layers(weights, side=1)
             teacher_output = self.teacher(inputs, Anchors.of(inputs), **tapped)
         # The student reads the text, the router mixes the teacher's experts for it, and the losses compare the two.
         outputs = model(
             **inputs,
-            losses=losses,
+            weights=weights,
             teacher=self.teacher,
             teacher_output=teacher_output,
             values=self.values,
             num_items_in_batch=self._per_process(num_items_in_batch),
         )
-        loss = sum(weights[name] * value for name, value in outputs["losses"].items())
+        # KL and LM come weighted: one pass over the vocabulary forms their gradients together.
+        others = [weights[name] * value for name, value in outputs["losses"].items() if name not in LOGIT_LOSSES]
+        loss = outputs["logit_loss"] + sum(others)
         if outputs["router"]:
-            outputs["losses"]["router"] = router_objective(
-                outputs["router"],
-                student_weight=self.args.router_student_weight,
-                anchor_weight=self.args.router_anchor_weight,
-                balance_weight=self.args.router_balance_weight,
+            loss = loss + routing_objective(
+                outputs["router"], anchor_weight=args.router_anchor_weight, balance_weight=args.router_balance_weight
             )
-            loss = loss + outputs["losses"]["router"]
         if self.is_in_train:
             self.record.add(outputs)
         return (loss, outputs) if return_outputs else loss
@@ -284,7 +283,7 @@ class DistillationTrainer(Trainer):
         labels = scored_labels(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-            nats = model(**tokens, labels=labels, per_row=True)["losses"]["lm"]
+            nats = model(**tokens, labels=labels)["row_nats"]
         counts = (labels != IGNORE_INDEX).sum(dim=1)
         rows = torch.stack([nats.double(), counts.double(), inputs["scored_bytes"].double()], dim=1)
         return None, rows, torch.zeros(len(rows), device=rows.device)

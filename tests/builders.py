@@ -23,10 +23,11 @@ from transformers import (
 )
 
 from distill_trainer.alignment import VocabularyProjection
+from distill_trainer.anchors import Anchors
 from distill_trainer.arguments import DistillationArguments
 from distill_trainer.data import DistillationCollator, prepare_dataset
 from distill_trainer.schedules import ScheduledValues
-from distill_trainer.teacher import Anchors, Teacher
+from distill_trainer.teacher import Teacher
 from distill_trainer.trainer import DistillationTrainer
 
 ASSETS = Path(__file__).parents[1] / "distill_trainer" / "demo_assets"
@@ -139,6 +140,8 @@ def every_position(input_ids: torch.Tensor) -> tuple[dict[str, torch.Tensor], An
     mask = torch.ones_like(input_ids, dtype=torch.bool)
     positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
     batch = {
+        "input_ids": input_ids,
+        "student_positions": positions,
         "teacher_input_ids": input_ids,
         "teacher_attention_mask": mask.long(),
         "teacher_positions": positions,

@@ -269,7 +269,7 @@ def test_an_unknown_name_is_an_error_that_names_the_nearest(wrong, nearest):
 
 @pytest.mark.parametrize(
     "name",
-    "kl_method span_correction logit_chunk_mb loss_balancing expert_sampling teacher_cache on_policy_fraction "
+    "loss_balancing expert_sampling teacher_cache on_policy_fraction "
     "router_layers teacher_quantization teacher_device data_curriculum config no_use_router".split(),
 )
 def test_names_that_mean_nothing_in_a_file_are_unknown(name):

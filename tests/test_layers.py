@@ -9,8 +9,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "distill_trainer"
 LAYERS = [
     {"errors", "schedules", "losses"},
-    {"arguments", "parsing", "alignment", "router", "moe", "taps"},
-    {"teacher", "aligned", "scoring", "loading", "modeling", "data", "documents"},
+    {"arguments", "parsing", "validation", "tokens", "alignment", "router", "moe", "taps"},
+    {
+        *("anchors", "teacher", "aligned", "logit_loss", "logit_pass", "modeling"),
+        *("data", "documents", "loading", "scoring"),
+    },
     {"callbacks", "checkpoint", "hub", "step_record", "trainer", "teacher_cache"},
     {"evaluation", "report", "export", "demo"},
 ]

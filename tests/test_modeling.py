@@ -7,14 +7,17 @@ import torch.nn.functional as F
 from builders import STUDENT_ROWS, collated, projection, scheduled, tiny_llama, tiny_moe, tiny_teacher, tokenizer
 
 from distill_trainer.alignment import VocabularyProjection
+from distill_trainer.anchors import IGNORE_INDEX, Anchors
+from distill_trainer.logit_loss import LogitSettings
 from distill_trainer.modeling import DistillationModel
 from distill_trainer.moe import gate_rows
-from distill_trainer.router import router_objective
-from distill_trainer.schedules import LOSS_NAMES
+from distill_trainer.router import routing_objective
+from distill_trainer.schedules import LOGIT_LOSSES, LOSS_NAMES
 from distill_trainer.taps import LayerPairs
-from distill_trainer.teacher import IGNORE_INDEX, Anchors, Teacher
+from distill_trainer.teacher import Teacher
 
 ALL = frozenset(LOSS_NAMES)
+NO_LOSSES: frozenset[str] = frozenset()
 # Terms whose value depends on who shares the micro-batch.
 BATCH_LEVEL = {"contrastive", "balance"}
 
@@ -32,7 +35,12 @@ def distillation_model(teacher, student=None, seed=5, **changes):
     torch.manual_seed(seed)
     rows = gate_rows(teacher.block) if teacher.num_experts else None
     model = DistillationModel(
-        student, gate_rows=rows, teacher_hidden_size=config.hidden_size, pairs=pairs, contrastive=True, **changes
+        student,
+        gate_rows=rows,
+        teacher_hidden_size=config.hidden_size,
+        pairs=pairs,
+        contrastive=True,
+        logits=LogitSettings(**changes),
     )
     if model.router is not None:
         # Away from the teacher's own gate, so that re-routing changes something.
@@ -40,15 +48,28 @@ def distillation_model(teacher, student=None, seed=5, **changes):
     return model
 
 
+def weights_of(losses):
+    """Weight 1 for some losses, 0 for the others."""
+    return {name: float(name in losses) for name in LOSS_NAMES}
+
+
 def run(model, teacher, batch, losses=ALL, **changes):
     values = changes.pop("values", None) or scheduled()
+    weights = weights_of(losses)
     anchors = Anchors.of(batch)
-    output = teacher(batch, anchors, **model.tapped_layers(losses, side=1))
-    return model(**batch, losses=losses, teacher=teacher, teacher_output=output, values=values, **changes)
+    output = teacher(batch, anchors, **model.tapped_layers(weights, side=1))
+    return model(**batch, weights=weights, teacher=teacher, teacher_output=output, values=values, **changes)
 
 
-def objective(parts):
-    return router_objective(parts, student_weight=0.5, anchor_weight=0.1, balance_weight=0.01)
+def objective(result):
+    """The router's whole objective, of a result without `kl` and `lm`."""
+    return result["logit_loss"] + routing_objective(result["router"], anchor_weight=0.1, balance_weight=0.01)
+
+
+def weighed(result):
+    """The sum of all losses, each with weight 1, and of the router's objective."""
+    others = [value for name, value in result["losses"].items() if name not in LOGIT_LOSSES]
+    return objective(result) + sum(others)
 
 
 def values_of(result):
@@ -60,7 +81,8 @@ def test_every_loss_and_every_part_of_the_routers_objective_comes_back_finite():
     result = run(distillation_model(teacher), teacher, collated())
     assert set(result["losses"]) == ALL
     assert set(result["router"]) == {"ce", "student_kl", "anchor_kl", "balance", "capacity_bce"}
-    for group in result.values():
+    assert result["logit_loss"].isfinite() and result["logit_loss"].requires_grad
+    for group in (result["losses"], result["router"], result["metrics"]):
         assert all(value.isfinite() and value.ndim == 0 for value in group.values())
     assert not any(value.requires_grad for value in result["metrics"].values())
     loads = [value for name, value in result["metrics"].items() if name.startswith("expert_load_")]
@@ -75,39 +97,55 @@ def test_only_the_losses_asked_for_are_computed(name):
 
 def test_layers_without_an_active_loss_are_not_tapped():
     model = distillation_model(tiny_teacher())
-    assert model.tapped_layers(frozenset({"kl", "lm", "contrastive"}), side=0) == {
+    assert model.tapped_layers(weights_of(frozenset({"kl", "lm", "contrastive"})), side=0) == {
         "layers": (),
         "attention_layers": (),
     }
-    assert model.tapped_layers(frozenset({"feature"}), side=1) == {"layers": (2,), "attention_layers": ()}
-    tapped = model.tapped_layers(frozenset({"layerwise", "attention"}), side=0)
+    assert model.tapped_layers(weights_of(frozenset({"feature"})), side=1) == {"layers": (2,), "attention_layers": ()}
+    tapped = model.tapped_layers(weights_of(frozenset({"layerwise", "attention"})), side=0)
     assert tapped == {"layers": (0, 1), "attention_layers": (1,)}
 
 
 def test_the_routers_objective_moves_the_router_alone():
     teacher = tiny_teacher()
     model = distillation_model(teacher)
-    objective(run(model, teacher, collated())["router"]).backward()
+    objective(run(model, teacher, collated(), NO_LOSSES)).backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert moved == {name for name, _ in model.named_parameters() if name.startswith("router.")}
     assert all(p.grad is None for p in teacher.model.parameters())
 
 
-@pytest.mark.parametrize("part", ["ce", "student_kl", "anchor_kl", "balance"])
+@pytest.mark.parametrize("part", ["anchor_kl", "balance"])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_each_part_of_the_objective_reaches_the_routers_query(part, top_k):
+def test_each_part_of_the_routing_objective_reaches_the_routers_query(part, top_k):
     teacher = tiny_teacher()
     model = distillation_model(teacher)
     run(model, teacher, collated(), values=scheduled(top_k=top_k))["router"][part].backward()
     assert model.router.query.weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_both_parts_that_need_logits_reach_the_routers_query(top_k):
+    gradients = []
+    for student_weight in (0.0, 1.0):
+        teacher = tiny_teacher()
+        model = distillation_model(teacher, router_student_weight=student_weight)
+        run(model, teacher, collated(), NO_LOSSES, values=scheduled(top_k=top_k))["logit_loss"].backward()
+        gradients.append(model.router.query.weight.grad)
+    assert gradients[0].abs().max() > 0 and (gradients[1] - gradients[0]).abs().max() > 0
+
+
 @pytest.mark.parametrize("name", LOSS_NAMES)
 def test_a_students_loss_moves_the_student_and_never_the_router(name):
     teacher = tiny_teacher()
     model = distillation_model(teacher)
-    run(model, teacher, collated())["losses"][name].backward()
-    assert all(p.grad is None or p.grad.eq(0).all() for p in model.router.parameters())
+    if name in LOGIT_LOSSES:
+        # The gradients of the logit losses and of the router's share come together: without the share none is left.
+        own = run(model, teacher, collated(), NO_LOSSES)["logit_loss"]
+        (run(model, teacher, collated(), frozenset({name}))["logit_loss"] - own).backward()
+    else:
+        run(model, teacher, collated())["losses"][name].backward()
+    assert all(p.grad is None or p.grad.abs().max() < 1e-6 for p in model.router.parameters())
     assert any(p.grad is not None and p.grad.ne(0).any() for p in model.student.parameters())
     for projections in ("feature", "layerwise", "contrastive"):
         grads = [p.grad for p in getattr(model, f"{projections}_projections").parameters()]
@@ -124,7 +162,7 @@ def test_the_losses_match_their_definitions():
         logits = model.student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
         routed = model.route_batch(batch, teacher, teacher(batch, anchors), values)
     at = logits[anchors.rows, anchors.student_positions]
-    q = routed.logprobs.double()
+    q = teacher.projection.log_probs(routed.logits).double()
     softened = (q / 2).softmax(-1)
     kl = 4 * (softened * (softened.log() - (at / 2).log_softmax(-1))).sum(-1).mean()
     labels = batch["labels"][:, 1:]
@@ -134,7 +172,7 @@ def test_the_losses_match_their_definitions():
     reachable = projection().reachable
     p = at[:, reachable].softmax(-1)
     student_kl = (p * (p.log() - q[:, reachable].softmax(-1).log())).sum(-1).mean()
-    own = teacher(batch, anchors).logits
+    own = teacher.head(teacher(batch, anchors).hidden_states)
     gap = projection().log_probs(own).double()
     gap = (gap.exp() * (gap - at.log_softmax(-1))).sum(-1).clamp(min=0).mean()
     truth = at.softmax(-1).gather(-1, batch["labels"][anchors.rows, anchors.student_positions + 1, None]).squeeze(-1)
@@ -164,8 +202,9 @@ def test_the_gap_difference_is_the_mean_lead_of_the_teacher_on_the_true_tokens()
         routed = model.route_batch(batch, teacher, teacher(batch, anchors), scheduled())
         logits = model.student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     targets = batch["labels"][anchors.rows, anchors.student_positions + 1]
+    logprobs = teacher.projection.log_probs(routed.logits)
     student = F.cross_entropy(logits[anchors.rows, anchors.student_positions], targets, reduction="none")
-    lead = (student - F.nll_loss(routed.logprobs, targets, reduction="none"))[anchors.same_next]
+    lead = (student - F.nll_loss(logprobs, targets, reduction="none"))[anchors.same_next]
     assert float(metrics["gap_count"]) == len(lead) > 0
     torch.testing.assert_close(metrics["gap_difference"], lead.sum(), atol=1e-3, rtol=1e-4)
 
@@ -219,7 +258,7 @@ def test_rows_without_anything_to_learn_do_no_harm(real_tokens):
     for batch in (collated(), with_empty_rows(collated(), real_tokens)):
         model.zero_grad()
         result = run(model, teacher, batch)
-        (sum(result["losses"].values()) + objective(result["router"])).backward()
+        weighed(result).backward()
         gradients.append((values_of(result), {n: p.grad.clone() for n, p in model.named_parameters()}))
     for plain, other in zip(*gradients, strict=True):
         for name, value in plain.items():
@@ -232,7 +271,7 @@ def test_a_batch_without_anything_to_learn_gives_zero_and_still_backpropagates(r
     model = distillation_model(teacher)
     batch = {name: value[-1:] for name, value in with_empty_rows(collated(), real_tokens).items()}
     result = run(model, teacher, batch)
-    (sum(result["losses"].values()) + objective(result["router"])).backward()
+    weighed(result).backward()
     assert all(value == 0 for value in values_of(result).values())
     assert all(value.isfinite() for value in result["metrics"].values())
     assert all(p.grad is None or p.grad.eq(0).all() for p in model.parameters())
@@ -255,7 +294,7 @@ def test_micro_batches_add_up_to_the_whole_batch_in_losses_and_gradients():
             counts = {"num_items_in_batch": items, "num_anchors_in_batch": anchors}
             result = run(model, teacher, part_of(batch, rows, **counts))
             terms = {n: v for n, v in (result["losses"] | result["router"]).items() if n not in BATCH_LEVEL}
-            sum(terms.values()).backward()
+            (result["logit_loss"] + sum(value for value in terms.values() if value.requires_grad)).backward()
             totals = {name: totals.get(name, 0) + float(value.detach()) for name, value in terms.items()}
         return totals, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -315,15 +354,13 @@ def test_the_last_layers_states_are_the_rerouted_ones(use_router):
     routed = model.route_batch(batch, teacher, output, scheduled(top_k=1))
     assert torch.equal(routed.residual, output.residual) is not use_router
     assert (routed.router is None) is not use_router
-    assert routed.logprobs.exp().sum(-1).detach().sub(1).abs().max() < 1e-4
+    assert teacher.projection.log_probs(routed.logits).exp().sum(-1).detach().sub(1).abs().max() < 1e-4
 
 
 def test_rows_without_teacher_give_each_rows_summed_cross_entropy():
     batch = collated()
     model = distillation_model(tiny_teacher())
-    rows = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}, per_row=True)["losses"][
-        "lm"
-    ]
+    rows = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")})["row_nats"]
     for row in range(4):
         real = batch["attention_mask"][row].bool()
         ids = batch["input_ids"][row, real][None]
@@ -357,9 +394,9 @@ def test_autocast_and_half_precision_teachers_stay_near_float32(dtype):
     expected = values_of(run(model, teacher, collated()))
     low = Teacher(tiny_moe().to(dtype), projection())
     batch = collated()
-    output = low(batch, Anchors.of(batch), **model.tapped_layers(ALL, side=1))
+    output = low(batch, Anchors.of(batch), **model.tapped_layers(weights_of(ALL), side=1))
     with torch.autocast("cpu", torch.bfloat16):
-        found = model(**batch, losses=ALL, teacher=low, teacher_output=output, values=scheduled())
+        found = model(**batch, weights=weights_of(ALL), teacher=low, teacher_output=output, values=scheduled())
     for name, value in values_of(found).items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, expected[name], atol=0.1, rtol=0.1)

@@ -18,7 +18,7 @@ from distill_trainer.taps import (
     attention_module,
     decoder_layers,
     final_norm,
-    lm_logits,
+    output_head,
     run_trunk,
     uniform_layer_map,
 )
@@ -151,7 +151,7 @@ def test_the_head_gives_the_models_own_logits(name):
     ids = random_ids()
     with torch.no_grad():
         hidden = run_trunk(model, ids, torch.ones_like(ids)).last_hidden_state
-        torch.testing.assert_close(lm_logits(model, hidden), model(input_ids=ids, use_cache=False).logits)
+        torch.testing.assert_close(output_head(model)(hidden), model(input_ids=ids, use_cache=False).logits)
 
 
 def test_an_unknown_attention_is_an_error():

@@ -14,8 +14,9 @@ from builders import (
 )
 from test_moe import tiny_jetmoe
 
+from distill_trainer.anchors import IGNORE_INDEX, Anchors
 from distill_trainer.errors import UnsupportedModelError
-from distill_trainer.teacher import IGNORE_INDEX, Anchors, Teacher
+from distill_trainer.teacher import Teacher
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 # Families whose gates give weights that sum to 1.
@@ -32,6 +33,12 @@ def everywhere(teacher):
     return output, logits
 
 
+def rerouted(teacher, output, selected_experts, routing_weights):
+    """Residual and logits of the re-routed teacher."""
+    residual, hidden_states = teacher.reroute(output, selected_experts, routing_weights)
+    return residual, teacher.head(hidden_states)
+
+
 def own_choice(output):
     """The gate's own choice, with weights that sum to 1 as the router's do."""
     weights = output.experts.routing_weights
@@ -42,11 +49,11 @@ def own_choice(output):
 def test_the_gates_own_choice_gives_the_untouched_teacher(family):
     teacher = tiny_teacher(family)
     output, expected = everywhere(teacher)
-    assert torch.equal(output.logits, expected)
+    assert torch.equal(teacher.head(output.hidden_states), expected)
     if family in RENORMALISED:
-        residual, logits = teacher.reroute(output, output.experts.selected_experts, output.experts.routing_weights)
+        residual, logits = rerouted(teacher, output, output.experts.selected_experts, output.experts.routing_weights)
         assert torch.equal(residual, output.residual) and torch.equal(logits, expected)
-    residual, logits = teacher.reroute(output, *own_choice(output))
+    residual, logits = rerouted(teacher, output, *own_choice(output))
     torch.testing.assert_close(residual, output.residual, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
 
@@ -56,7 +63,9 @@ def test_the_gates_own_choice_gives_the_untouched_teacher(family):
 def test_the_gates_own_choice_gives_the_untouched_teacher_in_half_precision(family, dtype):
     teacher = Teacher(tiny_moe(family).to(dtype), projection())
     output, expected = everywhere(teacher)
-    residual, logits = teacher.reroute(output, output.experts.selected_experts, output.experts.routing_weights.float())
+    residual, logits = rerouted(
+        teacher, output, output.experts.selected_experts, output.experts.routing_weights.float()
+    )
     assert torch.equal(residual, output.residual) and torch.equal(logits, expected)
 
 
@@ -73,7 +82,7 @@ def test_rerouting_equals_a_model_whose_last_gate_chose_so(family, top_k):
     with torch.no_grad():
         expected = teacher.model(input_ids=random_ids(), use_cache=False).logits.flatten(0, 1)
     hook.remove()
-    torch.testing.assert_close(teacher.reroute(output, chosen, weights)[1], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(rerouted(teacher, output, chosen, weights)[1], expected, atol=1e-4, rtol=1e-4)
 
 
 @every_family
@@ -82,11 +91,11 @@ def test_gradients_reach_the_routing_weights_and_not_the_teacher(family):
     output, _ = everywhere(teacher)
     chosen, weights = own_choice(output)
     weights = weights.clone().requires_grad_()
-    residual, logits = teacher.reroute(output, chosen, weights)
+    residual, logits = rerouted(teacher, output, chosen, weights)
     (residual.square().sum() + logits.log_softmax(-1)[:, 7].sum()).backward()
     assert weights.grad.ne(0).all()
     assert all(p.grad is None and not p.requires_grad for p in teacher.model.parameters())
-    assert not output.logits.requires_grad and not teacher.model.training
+    assert not output.hidden_states.requires_grad and not teacher.model.training
 
 
 @every_family
@@ -147,13 +156,13 @@ def test_a_dense_teacher_works_without_a_router():
     teacher = Teacher(tiny_llama(vocab_size=4100), projection())
     output, expected = everywhere(teacher)
     assert teacher.num_experts == 0 and output.experts is None
-    assert torch.equal(output.logits, expected)
+    assert torch.equal(teacher.head(output.hidden_states), expected)
 
 
 def test_a_mixture_without_the_router_keeps_its_own_gate():
     teacher = Teacher(tiny_moe(), projection(), use_router=False)
     output, expected = everywhere(teacher)
-    assert teacher.num_experts == 0 and torch.equal(output.logits, expected)
+    assert teacher.num_experts == 0 and torch.equal(teacher.head(output.hidden_states), expected)
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
@@ -170,7 +179,9 @@ def test_a_padded_batch_reads_as_its_rows_alone(padding_side):
         own = output.anchors.rows == row
         shift = int(real.int().argmax())
         positions = output.anchors.teacher_positions[own] - shift
-        torch.testing.assert_close(output.logits[own], alone.logits[0, positions], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            teacher.head(output.hidden_states)[own], alone.logits[0, positions], atol=1e-4, rtol=1e-4
+        )
         torch.testing.assert_close(output.layers[0][own], alone.hidden_states[1][0, positions], atol=1e-4, rtol=1e-4)
 
 

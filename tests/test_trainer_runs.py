@@ -13,13 +13,13 @@ from builders import logged, tiny_llama, tiny_moe, tiny_trainer
 from one_rank import two_steps
 from transformers import TrainerCallback
 
-from distill_trainer import modeling
 from distill_trainer.errors import NonFiniteLossError
+from distill_trainer.logit_pass import LogitPass
 from distill_trainer.router import GAP_WARMUP_STEPS
 
 
 def assert_same_run(first, second, tolerance=1e-6):
-    for name in ("loss", "grad_norm", "distill/loss_kl", "distill/loss_router", "distill/loss_lm", "distill/gap"):
+    for name in ("loss", "grad_norm", "distill/loss_kl", "distill/router_ce", "distill/loss_lm", "distill/gap"):
         values = [[entry[name] for entry in run["log"] if name in entry] for run in (first, second)]
         assert values[0] == pytest.approx(values[1], rel=1e-4), name
     assert first["gradients"].keys() == second["gradients"].keys()
@@ -53,7 +53,7 @@ def test_two_processes_equal_one_large_batch(tmp_path, one_big_batch):
             "WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            "PYTHONPATH": os.pathsep.join([str(Path(modeling.__file__).parents[1]), str(tests)]),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(tests)]),
             "ACCELERATE_USE_CPU": "true",
             "CUDA_VISIBLE_DEVICES": "",
         }
@@ -123,13 +123,15 @@ class WeightsBeforeEachStep(TrainerCallback):
 
 
 def poison(monkeypatch, calls):
-    """Make the KL loss NaN in its calls with these numbers."""
-    original, count = modeling.kl_divergence_loss, iter(range(10**6))
+    """Make the KL loss NaN in the micro-batches with these numbers."""
+    original, count = LogitPass.losses, iter(range(10**6))
 
     def poisoned(*args, **kwargs):
-        return original(*args, **kwargs) * (math.nan if next(count) in calls else 1.0)
+        total, parts = original(*args, **kwargs)
+        factor = math.nan if next(count) in calls else 1.0
+        return total * factor, parts | {"kl": parts["kl"] * factor}
 
-    monkeypatch.setattr(modeling, "kl_divergence_loss", poisoned)
+    monkeypatch.setattr(LogitPass, "losses", poisoned)
 
 
 def test_a_step_with_a_loss_that_is_not_finite_is_left_out_and_training_goes_on(tmp_path, monkeypatch):

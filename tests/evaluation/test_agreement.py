@@ -36,7 +36,7 @@ def routed(seed=0, num_anchors=6, num_experts=4, top_k=2, gate_top_k=1):
     nothing = torch.zeros(num_anchors, 1)
     gap = torch.rand(num_anchors, generator=generator)
     mask = torch.ones(1, num_anchors, dtype=torch.bool)
-    return RoutedBatch(nothing, nothing, nothing, gap, mask, decision, gate, gate.topk(gate_top_k).indices)
+    return RoutedBatch(nothing, nothing, gap, mask, decision, gate, gate.topk(gate_top_k).indices)
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])

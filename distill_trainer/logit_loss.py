@@ -1,0 +1,196 @@
+"""What a few positions contribute to the losses over the vocabulary, from both models' logits there."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill_trainer.aligned import AnchorBatch, RoutedBatch
+from distill_trainer.alignment import VocabularyProjection
+from distill_trainer.losses.cross_tokenizer import alm_divergence, hybrid_distance, top_k_divergence, uld_distance
+from distill_trainer.losses.gap_weights import gap_weights
+from distill_trainer.losses.logits import divergence, tempered_logprobs
+from distill_trainer.losses.span_correction import correct_spans
+from distill_trainer.router import student_divergence
+
+
+@dataclass(frozen=True)
+class LogitSettings:
+    """How the models are compared; the settings of the same names, see `DistillationArguments`."""
+
+    kl_method: str = "projected"
+    kl_direction: str = "forward"
+    kl_top_k: int = 64
+    span_correction: bool = True
+    gap_weighting: bool = True
+    logit_chunk_mb: float | None = None
+    router_student_weight: float = 0.1
+
+
+@dataclass
+class Survey:
+    """What a first look at the logits, without gradient, says at the anchors. In nats, `(num_anchors,)`.
+
+    Attributes:
+        gap: KL(teacher with its own gate || student).
+        entropy: Of the student's next token, over its maximum, in [0, 1].
+        true_logprobs: Log-probability that the student gives its true next token.
+        span_logprobs: Log-probability that the student gives all its tokens up to the next anchor; None if not needed.
+        inner_logprobs: Log-probability that the teacher gives its tokens up to the next anchor but for the first; None
+            if not needed.
+    """
+
+    gap: Tensor
+    entropy: Tensor
+    true_logprobs: Tensor
+    span_logprobs: Tensor | None = None
+    inner_logprobs: Tensor | None = None
+
+
+class AnchorLoss:
+    """Sum of the weighted logit losses over some positions of a batch.
+
+    Called with anchors it sees both models' logits; called with other positions only the student's. The losses are
+    sums, so that any division into chunks gives the same.
+
+    Args:
+        settings: How the models are compared.
+        projection: From the teacher's vocabulary to the student's.
+        at: The batch.
+        routed: The student-aware teacher.
+        survey: Of the batch.
+        weights: Weight of `kl` and `lm`, 0 skips one.
+        temperature: Softmax temperature of the KL.
+        first_logprobs: The student-aware teacher's log-probability of its next token at the anchors, `(num_anchors,)`;
+            only `alm` needs it beforehand.
+    """
+
+    # What `__call__` reports, in this order: sums over positions, in nats.
+    REPORTED = ("lm", "kl", "ce", "student_kl", "teacher_loss")
+
+    def __init__(
+        self,
+        settings: LogitSettings,
+        projection: VocabularyProjection,
+        at: AnchorBatch,
+        routed: RoutedBatch,
+        survey: Survey,
+        *,
+        weights: dict[str, float],
+        temperature: float,
+        first_logprobs: Tensor | None = None,
+    ):
+        self.settings, self.projection, self.at, self.survey = settings, projection, at, survey
+        self.weights, self.temperature = weights, temperature
+        self.routes = routed.router is not None
+        self.num_items = max(len(at.labels), 1) if at.num_items is None else at.num_items
+        self.num_anchors = max(len(at.upcoming), 1) if at.num_anchors is None else at.num_anchors
+        self.anchor_weights = (
+            gap_weights(survey.gap, at.mask) if settings.gap_weighting else torch.ones_like(survey.gap)
+        )
+        spans = at.teacher.spans
+        self.corrected = spans.complete & spans.one_student_token & (spans.num_inner > 0)
+        self.corrects = self.corrected.tolist() if settings.span_correction else []
+        if settings.kl_method == "alm" and weights["kl"]:
+            self._match_spans(first_logprobs)
+
+    def __call__(self, rows: slice, student_logits: Tensor, teacher_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Loss of the positions `rows`, times the predicted tokens of the whole batch; and the reported sums.
+
+        Args:
+            rows: Of the batch's `num_positions`.
+            student_logits: `(num_rows, student_vocab_size)`, float32.
+            teacher_logits: Of the student-aware teacher, `(num_rows, teacher_vocab_size)`, float32; None if the rows
+                are no anchors.
+        """
+        sums = {name: student_logits.new_zeros(()) for name in self.REPORTED}
+        total = student_logits.sum() * 0
+        true_logprobs = _picked(F.log_softmax(student_logits, dim=-1), self.at.labels[rows])
+        if self.weights["lm"]:
+            sums["lm"] = -true_logprobs.sum()
+            total = total + self.weights["lm"] * sums["lm"]
+        # Anchors count by their own number: the caller divides everything by the predicted tokens.
+        per_anchor = self.num_items / self.num_anchors
+        teacher_logprobs = None
+        if teacher_logits is not None:
+            first_logprobs = -F.cross_entropy(teacher_logits, self.at.upcoming[rows], reduction="none")
+            teacher_logprobs = self._projected(rows, teacher_logits, first_logprobs)
+            held = _picked(teacher_logprobs, self.at.labels[rows])
+            sums["teacher_loss"] = -held[self.at.teacher.anchors.same_next[rows]].sum()
+            if self.routes:
+                sums["ce"] = -first_logprobs.sum()
+                divergences = student_divergence(student_logits, teacher_logprobs, self.projection.reachable)
+                sums["student_kl"] = divergences.sum()
+                weighted = sums["ce"] + self.settings.router_student_weight * sums["student_kl"]
+                total = total + per_anchor * weighted
+        if self.weights["kl"]:
+            sums["kl"] = self._kl(rows, student_logits, teacher_logits, teacher_logprobs, true_logprobs)
+            total = total + per_anchor * self.weights["kl"] * sums["kl"]
+        return total, torch.stack([sums[name].detach() for name in self.REPORTED])
+
+    def parts(self, sums: Tensor) -> dict[str, Tensor]:
+        """The reported sums of all positions as means, by name; `teacher_loss` stays a sum."""
+        counts = {"lm": self.num_items, "teacher_loss": 1}
+        return {name: sums[i] / counts.get(name, self.num_anchors) for i, name in enumerate(self.REPORTED)}
+
+    def _projected(self, rows: slice, teacher_logits: Tensor, first_logprobs: Tensor) -> Tensor:
+        """Log-probabilities of the student-aware teacher over the student's vocabulary, a row each."""
+        logprobs = self.projection.log_probs(teacher_logits)
+        if not any(self.corrects[rows]):
+            return logprobs
+        spelled = first_logprobs + self.survey.inner_logprobs[rows]
+        first_ids = self.projection.student_ids[self.at.upcoming[rows]]
+        spelled = spelled.masked_fill(~self.corrected[rows], -torch.inf)
+        return correct_spans(logprobs, first_ids, self.at.labels[rows], spelled)
+
+    def _kl(self, rows, student_logits, teacher_logits, teacher_logprobs, true_logprobs) -> Tensor:
+        """Sum of the weighted distances of `kl_method`."""
+        method, temperature = self.settings.kl_method, self.temperature
+        options: dict[str, Any] = {"temperature": temperature, "direction": self.settings.kl_direction}
+        if method == "alm":
+            # The gradient of the spans' values, which were computed from all their tokens together.
+            slope = self.span_slopes[rows] * (true_logprobs - true_logprobs.detach())
+            return slope.sum() + (0 if teacher_logits is None else self.span_values[rows].sum())
+        if teacher_logits is None:
+            return student_logits.new_zeros(())
+        teacher_logprobs = teacher_logprobs.detach()
+        if method == "projected":
+            student, teacher = (tempered_logprobs(x, temperature) for x in (student_logits, teacher_logprobs))
+            values = temperature**2 * divergence(student, teacher, self.settings.kl_direction)
+        elif method == "topk":
+            values = top_k_divergence(student_logits, teacher_logprobs, top_k=self.settings.kl_top_k, **options)
+        else:
+            # Rows of the teacher's head that are no token take no part.
+            teacher_logits = teacher_logits.detach().masked_fill(self.projection.student_ids < 0, -torch.inf)
+            if method == "uld":
+                values = uld_distance(student_logits, teacher_logits, temperature=temperature)
+            else:
+                values = hybrid_distance(student_logits, teacher_logits, *self.projection.matches, **options)
+        return (self.anchor_weights[rows] * values).sum()
+
+    def _match_spans(self, first_logprobs: Tensor) -> None:
+        """Compare the likelihoods of whole spans, and how each changes with the student's token log-probabilities."""
+        spans = self.at.teacher.spans
+        with torch.enable_grad():
+            student = self.survey.span_logprobs.detach().requires_grad_()
+            values = (
+                self.anchor_weights
+                * spans.complete
+                * alm_divergence(
+                    student,
+                    first_logprobs + self.survey.inner_logprobs,
+                    temperature=self.temperature,
+                    direction=self.settings.kl_direction,
+                )
+            )
+            (slopes,) = torch.autograd.grad(values.sum(), student)
+        self.span_values = values.detach()
+        # -1 stands for no span: the added last entry is 0.
+        self.span_slopes = F.pad(slopes, (0, 1))[self.at.owner]
+
+
+def _picked(logprobs: Tensor, ids: Tensor) -> Tensor:
+    """The entry of each row, `(num_rows, vocab_size)` and `(num_rows,)` -> `(num_rows,)`."""
+    return logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)

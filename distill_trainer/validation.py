@@ -1,0 +1,33 @@
+"""Rules that a setting must keep; each raises in one line what is wrong."""
+
+import math
+import tempfile
+from pathlib import Path
+
+from distill_trainer.errors import ConfigurationError
+
+
+def check_number(name: str, value: float, *, least: float | None = None, above: float | None = None) -> None:
+    """Raise unless `value` is finite and at least `least`, or above `above`."""
+    fits = value >= least if least is not None else above is not None and value > above
+    if not fits or not math.isfinite(value):
+        rule = f"{least} or above" if least is not None else f"above {above}"
+        raise ConfigurationError(f"{name} must be {rule}, got {value}.")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigurationError(f"{name} must be one of {', '.join(choices)}, got {value}.")
+
+
+def check_writable(folder: Path) -> None:
+    """Raise unless a file can be made in `folder` or in its nearest existing parent. Leaves nothing behind."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        # A trial, because the permission bits say nothing to root, on read-only disks and in /proc.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigurationError(
+            f"output_dir must be a folder that can be written, got {folder} ({error.strerror})."
+        ) from error
