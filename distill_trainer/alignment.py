@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from distill_trainer.errors import TokenizerError
+from distill_trainer.losses.projection import project_logits_
 from distill_trainer.tokens import CHARACTER_OF_BYTE, NO_BOUNDARY, check_byte_level, encode, token_bytes
 
 ROLES = ("eos_token_id", "bos_token_id", "pad_token_id", "unk_token_id")
@@ -71,6 +72,7 @@ class VocabularyProjection(nn.Module):
     """
 
     student_ids: Tensor
+    columns: Tensor
     matching_student_ids: Tensor
     matching_teacher_ids: Tensor
     reachable: Tensor
@@ -79,6 +81,8 @@ class VocabularyProjection(nn.Module):
         super().__init__()
         self.student_vocab_size = student_vocab_size
         self.register_buffer("student_ids", student_ids, persistent=False)
+        columns = student_ids.masked_fill(student_ids < 0, student_vocab_size)
+        self.register_buffer("columns", columns, persistent=False)
         teacher_ids = student_ids.new_zeros(0) if exact is None else exact.nonzero()[:, 0]
         # Where several teacher tokens stand for the same student token, the first counts.
         matching, place = torch.unique(student_ids[teacher_ids], return_inverse=True)
@@ -162,8 +166,21 @@ class VocabularyProjection(nn.Module):
         Returns:
             `(..., student_vocab_size)`, float32. The smallest normal float stands in for 0, so nothing is infinite.
         """
-        logits = teacher_logits.float().masked_fill(self.student_ids < 0, -torch.inf)
-        return self(torch.softmax(logits, dim=-1)).clamp(min=torch.finfo(torch.float32).tiny).log()
+        rows = teacher_logits.float().flatten(end_dim=-2).clone()
+        logprobs, _ = self.log_probs_(rows, torch.zeros(len(rows), dtype=torch.long, device=rows.device))
+        return logprobs.view(*teacher_logits.shape[:-1], self.student_vocab_size)
+
+    def log_probs_(self, teacher_logits: Tensor, next_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """`log_probs` that overwrites the logits, and the teacher's own log-probability of a token in each row.
+
+        Args:
+            teacher_logits: Float32, `(num_rows, teacher_vocab_size)`.
+            next_ids: The teacher's tokens, `(num_rows,)`.
+
+        Returns:
+            `(num_rows, student_vocab_size)` and `(num_rows,)`.
+        """
+        return project_logits_(teacher_logits, self.columns, next_ids, self.student_vocab_size)
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

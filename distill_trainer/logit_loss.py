@@ -11,7 +11,7 @@ from distill_trainer.aligned import AnchorBatch, RoutedBatch
 from distill_trainer.alignment import VocabularyProjection
 from distill_trainer.losses.cross_tokenizer import alm_divergence, hybrid_distance, top_k_divergence, uld_distance
 from distill_trainer.losses.gap_weights import gap_weights
-from distill_trainer.losses.logits import divergence, tempered_logprobs
+from distill_trainer.losses.logits import divergence
 from distill_trainer.losses.span_correction import correct_spans
 from distill_trainer.router import student_divergence
 
@@ -102,32 +102,37 @@ class AnchorLoss:
         Args:
             rows: Of the batch's `num_positions`.
             student_logits: `(num_rows, student_vocab_size)`, float32.
-            teacher_logits: Of the student-aware teacher, `(num_rows, teacher_vocab_size)`, float32; None if the rows
-                are no anchors.
+            teacher_logits: Of the student-aware teacher, `(num_rows, teacher_vocab_size)`, float32; written over. None
+                if the rows are no anchors.
         """
         sums = {name: student_logits.new_zeros(()) for name in self.REPORTED}
-        total = student_logits.sum() * 0
-        true_logprobs = _picked(F.log_softmax(student_logits, dim=-1), self.at.labels[rows])
+        student_logprobs = F.log_softmax(student_logits, dim=-1)
+        true_logprobs = _picked(student_logprobs, self.at.labels[rows])
+        total = true_logprobs.sum() * 0
         if self.weights["lm"]:
             sums["lm"] = -true_logprobs.sum()
             total = total + self.weights["lm"] * sums["lm"]
         # Anchors count by their own number: the caller divides everything by the predicted tokens.
         per_anchor = self.num_items / self.num_anchors
-        teacher_logprobs = None
+        if self.weights["kl"] and self.settings.kl_method == "alm":
+            sums["kl"] = self._alm(rows, true_logprobs)
         if teacher_logits is not None:
-            first_logprobs = -F.cross_entropy(teacher_logits, self.at.upcoming[rows], reduction="none")
-            teacher_logprobs = self._projected(rows, teacher_logits, first_logprobs)
+            if self.weights["kl"] and self.settings.kl_method in ("uld", "hybrid"):
+                sums["kl"] = self._unprojected(rows, student_logits, teacher_logits)
+            # The logits are gone from here on: the projection writes over them.
+            teacher_logprobs, first_logprobs = self.projection.log_probs_(teacher_logits, self.at.upcoming[rows])
             held = _picked(teacher_logprobs, self.at.labels[rows])
             sums["teacher_loss"] = -held[self.at.teacher.anchors.same_next[rows]].sum()
             if self.routes:
                 sums["ce"] = -first_logprobs.sum()
-                divergences = student_divergence(student_logits, teacher_logprobs, self.projection.reachable)
-                sums["student_kl"] = divergences.sum()
-                weighted = sums["ce"] + self.settings.router_student_weight * sums["student_kl"]
-                total = total + per_anchor * weighted
-        if self.weights["kl"]:
-            sums["kl"] = self._kl(rows, student_logits, teacher_logits, teacher_logprobs, true_logprobs)
-            total = total + per_anchor * self.weights["kl"] * sums["kl"]
+                # Without the spans' correction, which moves mass to student tokens that no teacher token begins with.
+                reachable = self.projection.reachable
+                sums["student_kl"] = student_divergence(student_logprobs, teacher_logprobs, reachable).sum()
+                total = total + per_anchor * (sums["ce"] + self.settings.router_student_weight * sums["student_kl"])
+            if self.weights["kl"] and self.settings.kl_method in ("projected", "topk"):
+                target = self._target(rows, teacher_logprobs, first_logprobs)
+                sums["kl"] = self._projected(rows, student_logits, student_logprobs, target)
+        total = total + per_anchor * self.weights["kl"] * sums["kl"]
         return total, torch.stack([sums[name].detach() for name in self.REPORTED])
 
     def parts(self, sums: Tensor) -> dict[str, Tensor]:
@@ -135,40 +140,44 @@ class AnchorLoss:
         counts = {"lm": self.num_items, "teacher_loss": 1}
         return {name: sums[i] / counts.get(name, self.num_anchors) for i, name in enumerate(self.REPORTED)}
 
-    def _projected(self, rows: slice, teacher_logits: Tensor, first_logprobs: Tensor) -> Tensor:
-        """Log-probabilities of the student-aware teacher over the student's vocabulary, a row each."""
-        logprobs = self.projection.log_probs(teacher_logits)
+    def _target(self, rows: slice, teacher_logprobs: Tensor, first_logprobs: Tensor) -> Tensor:
+        """What the student learns from: the projected log-probabilities, with the spans corrected; detached."""
         if not any(self.corrects[rows]):
-            return logprobs
-        spelled = first_logprobs + self.survey.inner_logprobs[rows]
+            return teacher_logprobs.detach()
+        spelled = (first_logprobs.detach() + self.survey.inner_logprobs[rows]).masked_fill(
+            ~self.corrected[rows], -torch.inf
+        )
         first_ids = self.projection.student_ids[self.at.upcoming[rows]]
-        spelled = spelled.masked_fill(~self.corrected[rows], -torch.inf)
-        return correct_spans(logprobs, first_ids, self.at.labels[rows], spelled)
+        return correct_spans(teacher_logprobs.detach(), first_ids, self.at.labels[rows], spelled)
 
-    def _kl(self, rows, student_logits, teacher_logits, teacher_logprobs, true_logprobs) -> Tensor:
-        """Sum of the weighted distances of `kl_method`."""
-        method, temperature = self.settings.kl_method, self.temperature
-        options: dict[str, Any] = {"temperature": temperature, "direction": self.settings.kl_direction}
-        if method == "alm":
-            # The gradient of the spans' values, which were computed from all their tokens together.
-            slope = self.span_slopes[rows] * (true_logprobs - true_logprobs.detach())
-            return slope.sum() + (0 if teacher_logits is None else self.span_values[rows].sum())
-        if teacher_logits is None:
-            return student_logits.new_zeros(())
-        teacher_logprobs = teacher_logprobs.detach()
-        if method == "projected":
-            student, teacher = (tempered_logprobs(x, temperature) for x in (student_logits, teacher_logprobs))
-            values = temperature**2 * divergence(student, teacher, self.settings.kl_direction)
-        elif method == "topk":
-            values = top_k_divergence(student_logits, teacher_logprobs, top_k=self.settings.kl_top_k, **options)
+    def _projected(self, rows: slice, logits: Tensor, logprobs: Tensor, target: Tensor) -> Tensor:
+        """Sum of the weighted divergences over the student's vocabulary."""
+        settings, temperature = self.settings, self.temperature
+        options: dict[str, Any] = {"temperature": temperature, "direction": settings.kl_direction}
+        if settings.kl_method == "topk":
+            values = top_k_divergence(logits, target, top_k=settings.kl_top_k, **options)
         else:
-            # Rows of the teacher's head that are no token take no part.
-            teacher_logits = teacher_logits.detach().masked_fill(self.projection.student_ids < 0, -torch.inf)
-            if method == "uld":
-                values = uld_distance(student_logits, teacher_logits, temperature=temperature)
-            else:
-                values = hybrid_distance(student_logits, teacher_logits, *self.projection.matches, **options)
+            if temperature != 1:
+                logprobs, target = (F.log_softmax(x / temperature, dim=-1) for x in (logits, target))
+            values = temperature**2 * divergence(logprobs, target, settings.kl_direction)
         return (self.anchor_weights[rows] * values).sum()
+
+    def _unprojected(self, rows: slice, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """Sum of the weighted distances between sorted probabilities."""
+        # Rows of the teacher's head that are no token take no part.
+        teacher_logits = teacher_logits.detach().masked_fill(self.projection.student_ids < 0, -torch.inf)
+        options: dict[str, Any] = {"temperature": self.temperature}
+        if self.settings.kl_method == "uld":
+            values = uld_distance(student_logits, teacher_logits, **options)
+        else:
+            options["direction"] = self.settings.kl_direction
+            values = hybrid_distance(student_logits, teacher_logits, *self.projection.matches, **options)
+        return (self.anchor_weights[rows] * values).sum()
+
+    def _alm(self, rows: slice, true_logprobs: Tensor) -> Tensor:
+        """Sum of the spans' values, which were computed from all their tokens, with the gradient to these tokens."""
+        slope = self.span_slopes[rows] * (true_logprobs - true_logprobs.detach())
+        return slope.sum() + self.span_values[rows].sum()
 
     def _match_spans(self, first_logprobs: Tensor) -> None:
         """Compare the likelihoods of whole spans, and how each changes with the student's token log-probabilities."""

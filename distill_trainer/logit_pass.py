@@ -13,14 +13,17 @@ from distill_trainer.logit_loss import AnchorLoss, LogitSettings, Survey
 from distill_trainer.losses.fused import fused_loss, unfused_loss
 from distill_trainer.losses.heads import Head
 from distill_trainer.losses.logits import kl_divergence
+from distill_trainer.losses.reduction import row_dot
 from distill_trainer.teacher import Teacher
 
 logger = logging.get_logger(__name__)
 
-# Float32 copies of one position's logits that a chunk holds at its peak.
-STUDENT_COPIES, TEACHER_COPIES = 8, 6
+# Float32 copies of a position's logits over the student's and the teacher's vocabulary that a chunk holds at its peak.
+COPIES = {"projected": (7, 2), "topk": (7, 2), "uld": (9, 6), "hybrid": (9, 6), "alm": (6, 2)}
+# Jensen-Shannon holds the mixture of both sides as well.
+JS_COPIES = 3
 # Without a budget the chunks may take this share of what all logits would, and at most so many bytes.
-LOGIT_SHARE, MOST_BYTES = 0.10, 2**29
+LOGIT_SHARE, MOST_BYTES = 0.14, 2**29
 
 
 class LogitPass:
@@ -62,14 +65,7 @@ class LogitPass:
     @torch.no_grad()
     def survey(self, at: AnchorBatch) -> Survey:
         """Look at both models' logits at the anchors, before the router chooses."""
-        pieces = []
-        for rows in self._chunks(at.teacher.hidden_states):
-            student = F.log_softmax(self.head(at.hidden_states[: len(at.upcoming)][rows]).float(), dim=-1)
-            own = self.teacher.projection.log_probs(self.teacher.head(at.teacher.hidden_states[rows]))
-            entropy = -(student.exp() * student).sum(dim=-1) / math.log(student.shape[-1])
-            true = student.gather(-1, at.labels[: len(at.upcoming)][rows].unsqueeze(-1)).squeeze(-1)
-            pieces.append(torch.stack([kl_divergence(own, student).clamp(min=0), entropy, true]))
-        survey = Survey(*torch.cat(pieces, dim=1))
+        survey = Survey(*torch.cat([self._look(at, rows) for rows in self._chunks(at.upcoming)], dim=1))
         spans, alm = at.teacher.spans, self.settings.kl_method == "alm"
         if alm or self.settings.span_correction:
             inner = self.token_logprobs(self.teacher.head, at.teacher.inner_states, spans.teacher_targets)
@@ -80,6 +76,17 @@ class LogitPass:
             logprobs = self.token_logprobs(self.head, at.hidden_states[others], at.labels[others])
             survey.span_logprobs = survey.true_logprobs.index_add(0, at.owner[others][inside], logprobs[inside])
         return survey
+
+    def _look(self, at: AnchorBatch, rows: slice) -> Tensor:
+        """Gap, entropy and true log-probability at some anchors, `(3, num_rows)`."""
+        rows = slice(rows.start, min(rows.stop, len(at.upcoming)))
+        teacher_logits = self.teacher.head(at.teacher.hidden_states[rows]).float()
+        own, _ = self.teacher.projection.log_probs_(teacher_logits, at.upcoming[rows])
+        del teacher_logits
+        student = F.log_softmax(self.head(at.hidden_states[rows]).float(), dim=-1)
+        gap = kl_divergence(own, student).clamp(min=0)
+        entropy = -row_dot(student.exp(), student) / math.log(student.shape[-1])
+        return torch.stack([gap, entropy, student.gather(-1, at.labels[rows].unsqueeze(-1)).squeeze(-1)])
 
     def losses(
         self, at: AnchorBatch, routed: RoutedBatch, survey: Survey, *, weights: dict[str, float], temperature: float
@@ -124,12 +131,13 @@ class LogitPass:
 
     def _chunk_size(self, num_positions: int) -> int:
         """Positions whose logits, with the copies that the losses make of them, fit the budget."""
-        student_row = 4 * self.head.vocab_size
-        teacher_row = 0 if self.teacher is None else 4 * self.teacher.head.vocab_size
-        budget = min(LOGIT_SHARE * num_positions * (student_row + teacher_row), MOST_BYTES)
+        rows = (4 * self.head.vocab_size, 0 if self.teacher is None else 4 * self.teacher.head.vocab_size)
+        budget = min(LOGIT_SHARE * num_positions * sum(rows), MOST_BYTES)
         if self.settings.logit_chunk_mb is not None:
             budget = 1e6 * self.settings.logit_chunk_mb
-        return max(int(budget // (STUDENT_COPIES * student_row + TEACHER_COPIES * teacher_row)), 1)
+        student, teacher = COPIES[self.settings.kl_method]
+        student += JS_COPIES * (self.settings.kl_direction == "js")
+        return max(int(budget // (student * rows[0] + teacher * rows[1])), 1)
 
     def _chunks(self, states: Tensor) -> Iterator[slice]:
         size = self._chunk_size(len(states))

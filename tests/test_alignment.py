@@ -445,7 +445,8 @@ def test_the_projection_keeps_the_mass_of_real_tokens(real_projection, qwen_toke
     torch.testing.assert_close(projected.double().sum(-1), probs.double().sum(-1), atol=1e-6, rtol=0)
     # Padding rows may hold any logit: they get nothing, and change nothing.
     logits[:, len(qwen_tokenizer) :] = 50.0
-    torch.testing.assert_close(real_projection.log_probs(logits).exp(), projected, atol=1e-6, rtol=1e-5)
+    # Even where untrained padding holds nearly everything, only rounding is lost.
+    torch.testing.assert_close(real_projection.log_probs(logits).exp(), projected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")

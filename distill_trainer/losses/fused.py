@@ -102,15 +102,18 @@ class _FusedLoss(torch.autograd.Function):
 
 def _one_chunk(chunk_loss: ChunkLoss, rows: slice, sides: list[HeadPass]) -> tuple[Tensor, Tensor]:
     """Loss and reported sums of some positions, detached. Its logits are gone when it returns."""
-    with torch.set_grad_enabled(any(side.backward for side in sides)):
-        outputs, logits = zip(*(side.logits(rows) for side in sides), strict=True)
-        loss, sums = chunk_loss(rows, logits[0], logits[1] if len(logits) > 1 else None)
-    trained = [(side, output) for side, output in zip(sides, outputs, strict=True) if side.backward]
-    if trained:
-        gradients = torch.autograd.grad(loss, [output for _, output in trained], allow_unused=True)
-        for (side, _), gradient in zip(trained, gradients, strict=True):
-            if gradient is not None:
-                side.add(rows, gradient)
+    trained = [side for side in sides if side.backward]
+    with torch.set_grad_enabled(bool(trained)):
+        logits = [side.logits(rows) for side in sides]
+        # The losses are computed in float32 whatever the models' types.
+        with torch.autocast(logits[0].device.type, enabled=False):
+            loss, sums = chunk_loss(rows, logits[0], logits[1] if len(logits) > 1 else None)
+            if trained:
+                gradients = torch.autograd.grad(loss, [side.output for side in trained], allow_unused=True)
+    del logits
+    for side, gradient in zip(trained, gradients if trained else (), strict=True):
+        if gradient is not None:
+            side.add(rows, gradient)
     return loss.detach(), sums.detach()
 
 

@@ -71,25 +71,28 @@ class HeadPass:
         self.state_gradient = new(states.shape, dtype=torch.float32) if self.backward else None
         self.parameter_gradients = [new(p.shape, dtype=torch.float32) for p in self.parameters if self.backward]
         self._input: Tensor | None = None
-        self._output: Tensor | None = None
+        self._raw: Tensor | None = None
+        self.output: Tensor | None = None
 
-    def logits(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """The head's output at some positions, a leaf to differentiate by, and its float32 logits."""
+    def logits(self, rows: slice) -> Tensor:
+        """Float32 logits of some positions; `output` is then what to differentiate by."""
         tracked = self.backward and not self.by_hand
         with torch.set_grad_enabled(tracked), self.head.precision(self.states.device):
             self._input = self.states[rows].requires_grad_(tracked)
-            self._output = self.head.linear(self._input)
-        output = self._output.detach().requires_grad_(self.backward)
-        return output, self.head.finish(output.float())
+            self._raw = self.head.linear(self._input)
+        self.output = self._raw.detach().requires_grad_(self.backward)
+        return self.head.finish(self.output.float())
 
     def add(self, rows: slice, gradient: Tensor) -> None:
-        """Take in the gradient of the output of the last `logits`, which had these rows."""
+        """Take in the gradient of `output`, which is of these rows."""
+        self.output = None
         with self.head.precision(gradient.device):
             if self.by_hand:
+                self._raw = None
                 self._add_by_hand(rows, gradient)
             else:
                 self._add_by_autograd(rows, gradient)
-        self._input = self._output = None
+        self._input = self._raw = None
 
     def _add_by_hand(self, rows: slice, gradient: Tensor) -> None:
         weight = self.head.linear.weight
@@ -104,7 +107,7 @@ class HeadPass:
 
     def _add_by_autograd(self, rows: slice, gradient: Tensor) -> None:
         inputs = [self._input, *self.parameters]
-        state_gradient, *others = torch.autograd.grad(self._output, inputs, gradient, allow_unused=True)
+        state_gradient, *others = torch.autograd.grad(self._raw, inputs, gradient, allow_unused=True)
         self.state_gradient[rows] = state_gradient.float()
         for total, other in zip(self.parameter_gradients, others, strict=True):
             if other is not None:

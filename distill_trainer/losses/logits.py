@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill_trainer.errors import ConfigurationError
-from distill_trainer.losses.reduction import check_mask, select_pairs, token_mean
+from distill_trainer.losses.reduction import check_mask, row_dot, select_pairs, token_mean
 
 # Log of the smallest normal float32. A probability of exactly 0 counts as this, so that no divergence is infinite.
 LOGPROB_FLOOR = -87.0
@@ -23,7 +23,7 @@ def kl_divergence(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
     Returns:
         `(...)`.
     """
-    return (logprobs.exp() * (logprobs - other_logprobs)).sum(dim=-1)
+    return row_dot(logprobs.exp(), logprobs - other_logprobs)
 
 
 def divergence(student_logprobs: Tensor, teacher_logprobs: Tensor, direction: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every loss does first and last: select the rows that count, and average their values."""
+"""What every loss does first and last: select the rows that count, reduce each to a value, and average the values."""
 
 import torch
 from torch import Tensor
@@ -54,3 +54,10 @@ def token_mean(
     if num_items_in_batch is None:
         num_items_in_batch = max(per_token.numel(), 1)
     return per_token.sum() / num_items_in_batch
+
+
+def row_dot(left: Tensor, right: Tensor) -> Tensor:
+    """Dot product over the last dimension, `(..., size)` twice -> `(...)`, without a product as large as they are."""
+    # A product of matrices, which an autocast context would compute in its own type.
+    with torch.autocast(left.device.type, enabled=False):
+        return (left.unsqueeze(-2) @ right.unsqueeze(-1)).squeeze(-1).squeeze(-1)
