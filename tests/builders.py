@@ -26,7 +26,11 @@ from distill_trainer.alignment import VocabularyProjection
 from distill_trainer.anchors import Anchors
 from distill_trainer.arguments import DistillationArguments
 from distill_trainer.data import DistillationCollator, prepare_dataset
-from distill_trainer.schedules import ScheduledValues
+from distill_trainer.logit_loss import LogitSettings
+from distill_trainer.modeling import DistillationModel
+from distill_trainer.moe import gate_rows
+from distill_trainer.schedules import LOSS_NAMES, ScheduledValues
+from distill_trainer.taps import LayerPairs
 from distill_trainer.teacher import Teacher
 from distill_trainer.trainer import DistillationTrainer
 
@@ -122,17 +126,22 @@ def tiny_teacher(family: str = "qwen3_moe", **changes) -> Teacher:
 
 
 @functools.cache
-def windows(same_tokenizer: bool = False) -> Dataset:
-    """Prepared windows of `TEXTS`, of different lengths."""
-    teacher = tokenizer("student" if same_tokenizer else "teacher")
-    return prepare_dataset(Dataset.from_dict({"text": TEXTS}), tokenizer("student"), teacher, max_length=MAX_LENGTH)[0]
+def windows(student_side: str = "student", teacher_side: str = "teacher") -> Dataset:
+    """Prepared windows of `TEXTS`, of different lengths. With exchanged sides, student tokens span teacher tokens."""
+    sides = tokenizer(student_side), tokenizer(teacher_side)
+    return prepare_dataset(Dataset.from_dict({"text": TEXTS}), *sides, max_length=MAX_LENGTH)[0]
 
 
-def collated(rows: int = 4, *, padding_side: str = "right", same_tokenizer: bool = False) -> dict[str, torch.Tensor]:
+def collated(
+    rows: int = 4, *, padding_side: str = "right", sides: tuple[str, str] = ("student", "teacher")
+) -> dict[str, torch.Tensor]:
     """A batch of the first windows."""
-    sides = ("student", "student" if same_tokenizer else "teacher")
     collator = DistillationCollator(*(tokenizer(side, padding_side) for side in sides))
-    return collator(list(windows(same_tokenizer).select(range(rows))))
+    return collator(list(windows(*sides).select(range(rows))))
+
+
+SAME = ("student", "student")
+EXCHANGED = ("teacher", "student")
 
 
 def every_position(input_ids: torch.Tensor) -> tuple[dict[str, torch.Tensor], Anchors]:
@@ -149,6 +158,51 @@ def every_position(input_ids: torch.Tensor) -> tuple[dict[str, torch.Tensor], An
     }
     flat = positions.reshape(-1)
     return batch, Anchors(mask, mask.nonzero()[:, 0], flat, flat, mask.reshape(-1))
+
+
+ALL = frozenset(LOSS_NAMES)
+NO_LOSSES: frozenset[str] = frozenset()
+
+
+def distillation_model(teacher, student=None, seed=5, **changes):
+    """A small student with a router that is away from the teacher's gate; `changes` are of `LogitSettings`."""
+    student = student or tiny_llama()
+    config = teacher.model.config
+    pairs = LayerPairs.plan(
+        student.config.num_hidden_layers,
+        config.num_hidden_layers,
+        layer_map="uniform",
+        feature_layers=None,
+        attention_layers=None,
+    )
+    torch.manual_seed(seed)
+    rows = gate_rows(teacher.block) if teacher.num_experts else None
+    model = DistillationModel(
+        student,
+        gate_rows=rows,
+        teacher_hidden_size=config.hidden_size,
+        pairs=pairs,
+        contrastive=True,
+        logits=LogitSettings(**changes),
+    )
+    if model.router is not None:
+        # Away from the teacher's own gate, so that re-routing changes something.
+        torch.nn.init.normal_(model.router.query.weight, std=0.3)
+    return model
+
+
+def weights_of(losses):
+    """Weight 1 for some losses, 0 for the others."""
+    return {name: float(name in losses) for name in LOSS_NAMES}
+
+
+def run(model, teacher, batch, losses=ALL, **changes):
+    """What the model makes of a batch, with weight 1 for some losses."""
+    values = changes.pop("values", None) or scheduled()
+    weights = weights_of(losses)
+    anchors = Anchors.of(batch)
+    output = teacher(batch, anchors, **model.tapped_layers(weights, side=1))
+    return model(**batch, weights=weights, teacher=teacher, teacher_output=output, values=values, **changes)
 
 
 def random_ids(seed: int = 0, batch_size: int = 2, length: int = 9, vocab_size: int = 2000) -> torch.Tensor:

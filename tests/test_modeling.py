@@ -4,61 +4,31 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import STUDENT_ROWS, collated, projection, scheduled, tiny_llama, tiny_moe, tiny_teacher, tokenizer
+from builders import (
+    ALL,
+    NO_LOSSES,
+    SAME,
+    STUDENT_ROWS,
+    collated,
+    distillation_model,
+    projection,
+    run,
+    scheduled,
+    tiny_llama,
+    tiny_moe,
+    tiny_teacher,
+    tokenizer,
+    weights_of,
+)
 
 from distill_trainer.alignment import VocabularyProjection
 from distill_trainer.anchors import IGNORE_INDEX, Anchors
-from distill_trainer.logit_loss import LogitSettings
-from distill_trainer.modeling import DistillationModel
-from distill_trainer.moe import gate_rows
 from distill_trainer.router import routing_objective
 from distill_trainer.schedules import LOGIT_LOSSES, LOSS_NAMES
-from distill_trainer.taps import LayerPairs
 from distill_trainer.teacher import Teacher
 
-ALL = frozenset(LOSS_NAMES)
-NO_LOSSES: frozenset[str] = frozenset()
 # Terms whose value depends on who shares the micro-batch.
 BATCH_LEVEL = {"contrastive", "balance"}
-
-
-def distillation_model(teacher, student=None, seed=5, **changes):
-    student = student or tiny_llama()
-    config = teacher.model.config
-    pairs = LayerPairs.plan(
-        student.config.num_hidden_layers,
-        config.num_hidden_layers,
-        layer_map="uniform",
-        feature_layers=None,
-        attention_layers=None,
-    )
-    torch.manual_seed(seed)
-    rows = gate_rows(teacher.block) if teacher.num_experts else None
-    model = DistillationModel(
-        student,
-        gate_rows=rows,
-        teacher_hidden_size=config.hidden_size,
-        pairs=pairs,
-        contrastive=True,
-        logits=LogitSettings(**changes),
-    )
-    if model.router is not None:
-        # Away from the teacher's own gate, so that re-routing changes something.
-        torch.nn.init.normal_(model.router.query.weight, std=0.3)
-    return model
-
-
-def weights_of(losses):
-    """Weight 1 for some losses, 0 for the others."""
-    return {name: float(name in losses) for name in LOSS_NAMES}
-
-
-def run(model, teacher, batch, losses=ALL, **changes):
-    values = changes.pop("values", None) or scheduled()
-    weights = weights_of(losses)
-    anchors = Anchors.of(batch)
-    output = teacher(batch, anchors, **model.tapped_layers(weights, side=1))
-    return model(**batch, weights=weights, teacher=teacher, teacher_output=output, values=values, **changes)
 
 
 def objective(result):
@@ -213,7 +183,7 @@ def test_one_tokenizer_on_both_sides_gives_the_ordinary_kl_at_every_position():
     same = VocabularyProjection.from_tokenizers(tokenizer("student"), tokenizer("student"), STUDENT_ROWS, STUDENT_ROWS)
     model = tiny_llama(seed=9, initializer_range=0.2)
     teacher = Teacher(model, same, use_router=False)
-    batch = collated(same_tokenizer=True)
+    batch = collated(sides=SAME)
     distillation = distillation_model(teacher, gap_weighting=False)
     result = run(distillation, teacher, batch, frozenset({"kl"}), values=scheduled(temperature=3.0))
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}

@@ -245,7 +245,9 @@ def test_student_divergence_matches_its_definition_over_reachable_tokens():
 def test_student_divergence_moves_the_teachers_side_only():
     student = torch.randn(3, 4, requires_grad=True)
     teacher = torch.randn(3, 4, requires_grad=True)
-    student_divergence(student.log_softmax(-1), teacher.log_softmax(-1), torch.ones(4, dtype=torch.bool)).sum().backward()
+    student_divergence(
+        student.log_softmax(-1), teacher.log_softmax(-1), torch.ones(4, dtype=torch.bool)
+    ).sum().backward()
     assert student.grad is None and teacher.grad.ne(0).any()
 
 

@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_logit_loss.py [--device cuda] [--repeats 5] [--methods projected alm ...]
 
 Real tokenizers and text, random weights in the reference shapes: 2 x 256 student tokens, vocabularies of 151,936 and
-49,152. Forward and backward, with the router's share. Extra memory is what torch allocates at once, but for the gradient
-of the student's head, which is what the pass leaves behind. The whole step compares two tiny models of these
+49,152. Forward and backward, with the router's share. Extra memory is what torch allocates at once, but for the
+gradient of the student's head, which is what the pass leaves behind. The whole step compares two tiny models of these
 vocabularies with two that share the teacher's.
 """
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from builders import STUDENT_ROWS, collated, projection, tiny_llama, tiny_moe
+from builders import SAME, STUDENT_ROWS, collated, projection, tiny_llama, tiny_moe
 from transformers import MambaConfig, MambaForCausalLM
 
 from distill_trainer.aligned import RoutedBatch
@@ -132,12 +132,12 @@ def test_attention_is_compared_in_the_last_layer_over_the_spans_between_anchors(
 
 
 def test_a_model_attends_as_itself():
-    batch = collated(2, same_tokenizer=True)
+    batch = collated(2, sides=SAME)
     assert attention_similarity(tiny_llama(), tiny_llama(), [batch]) == pytest.approx(1.0)
 
 
 def test_attention_that_cannot_be_read_or_compared_has_no_similarity():
-    batch = collated(2, same_tokenizer=True)
+    batch = collated(2, sides=SAME)
     config = MambaConfig(vocab_size=STUDENT_ROWS, hidden_size=16, state_size=4, num_hidden_layers=2)
     assert attention_similarity(tiny_llama(), MambaForCausalLM(config), [batch]) is None
     batch["anchor_mask"][:, 1:] = False
