@@ -155,7 +155,7 @@ class DistillationArguments(TrainingArguments):
     )
     logit_chunk_mb: float | None = field(
         default=None,
-        metadata={"help": "Megabytes of logits that exist at once, above 0. None: a tenth of what all would take."},
+        metadata={"help": "Megabytes of logits that exist at once, above 0. None: a seventh of what all would take."},
     )
     kl_direction: str = field(
         default="forward",

@@ -135,6 +135,17 @@ SETTINGS = {
         {f"{name}_weight": 0 for name in ("kl", "feature", "attention", "layerwise", "contrastive", "lm")},
         "must not all be 0",
     ),
+    "unknown way to compare": (
+        {"kl_method": "sorted"},
+        "kl_method must be one of projected, topk, uld, hybrid, alm, got sorted.",
+    ),
+    "unknown direction": ({"kl_direction": "back"}, "kl_direction must be one of forward, reverse, js, got back."),
+    "a direction of what has none": (
+        {"kl_method": "uld", "kl_direction": "js"},
+        "kl_direction must be forward with kl_method uld, got js: it has no direction.",
+    ),
+    "no token apart": ({"kl_top_k": 0}, "kl_top_k must be 1 or above, got 0."),
+    "no memory": ({"logit_chunk_mb": 0}, "logit_chunk_mb must be above 0, got 0.0."),
     "fp16 without a GPU": ({"fp16": "true"}, "fp16 must be false without a GPU, got true."),
     "a file as the output folder": ({"output_dir": "file/out"}, "output_dir must be a folder that can be written"),
 }
@@ -425,6 +436,8 @@ OTHER_RUNS = {
     "no teacher, Parquet": ALONE | {"lm_weight": 1, "datasets": "rows.parquet", "text_column": "body"},
     "streamed text": {"streaming": "true", "validation_fraction": 0.002},
     "windows by length": {"use_dynamic_batching": "true"},
+    "likelihoods of spans": {"kl_method": "alm", "logit_chunk_mb": 0.5},
+    "an adapter of the head": {"use_peft": "true", "lora_target_modules": ["q_proj", "lm_head"]},
 }
 
 
@@ -435,7 +448,7 @@ def test_every_kind_of_run_ends_with_its_report(tmp_path, documents, texts, kind
     rows.to_parquet(tmp_path / "rows.parquet")
     assert run_distillation.main(flags(texts, **changes)) == 0
     report = json.loads((tmp_path / "out/report/report.json").read_text())
-    routed = kind in ("streamed text", "windows by length")
+    routed = kind not in ("a dense teacher", "no router, JSONL", "no teacher, Parquet")
     assert (report["student_aware_teacher"]["bits_per_byte"] is not None) == routed
     assert {value is not None for value in report["router"].values()} == {routed}
     # Nobody counts a stream before it is read.
