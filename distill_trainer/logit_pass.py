@@ -20,6 +20,8 @@ logger = logging.get_logger(__name__)
 
 # Float32 copies of a position's logits over the student's and the teacher's vocabulary that a chunk holds at its peak.
 COPIES = {"projected": (7, 2), "topk": (7, 2), "uld": (9, 6), "hybrid": (9, 6), "alm": (6, 2)}
+# The same for the passes that compare nothing: LM alone, and those without gradient.
+TEXT_COPIES, LOOK_COPIES = (4, 0), (5, 1)
 # Jensen-Shannon holds the mixture of both sides as well.
 JS_COPIES = 3
 # Without a budget the chunks may take this share of what all logits would, and at most so many bytes.
@@ -33,10 +35,11 @@ class LogitPass:
         settings: How the models are compared.
         head: The student's.
         teacher: None without one.
+        num_positions: Positions of the batch, which set the budget where the settings give none.
     """
 
-    def __init__(self, settings: LogitSettings, head: Head, teacher: Teacher | None = None):
-        self.settings, self.head, self.teacher = settings, head, teacher
+    def __init__(self, settings: LogitSettings, head: Head, teacher: Teacher | None = None, *, num_positions: int):
+        self.settings, self.head, self.teacher, self.num_positions = settings, head, teacher, num_positions
 
     def text_loss(self, states: Tensor, labels: Tensor, *, num_items: Tensor | float | None) -> Tensor:
         """The LM loss alone, see `lm_loss`.
@@ -52,13 +55,13 @@ class LogitPass:
             return nats, nats.detach()
 
         scale = 1 / (max(len(labels), 1) if num_items is None else num_items)
-        return self._run(chunk_loss, states, None, scale)[0]
+        return self._run(chunk_loss, states, None, scale, TEXT_COPIES)[0]
 
     @torch.no_grad()
     def token_logprobs(self, head: Head, states: Tensor, ids: Tensor) -> Tensor:
         """Log-probability that a head gives each token, `(num_positions,)`, nats."""
         pieces = [
-            -F.cross_entropy(head(states[rows]).float(), ids[rows], reduction="none") for rows in self._chunks(states)
+            -F.cross_entropy(head(states[rows]).float(), ids[rows], reduction="none") for rows in self._chunks(ids)
         ]
         return torch.cat(pieces)
 
@@ -118,27 +121,27 @@ class LogitPass:
             first_logprobs=first,
         )
         states = at.hidden_states if weights["lm"] or alm else at.hidden_states[: len(at.upcoming)]
-        total, sums = self._run(loss, states, routed.hidden_states, 1 / loss.num_items)
+        student, teacher = COPIES[self.settings.kl_method]
+        copies = (student + JS_COPIES * (self.settings.kl_direction == "js"), teacher)
+        total, sums = self._run(loss, states, routed.hidden_states, 1 / loss.num_items, copies)
         return total, loss.parts(sums)
 
-    def _run(self, chunk_loss, states: Tensor, teacher_states: Tensor | None, scale) -> tuple[Tensor, Tensor]:
+    def _run(self, chunk_loss, states: Tensor, teacher_states: Tensor | None, scale, copies: tuple[int, int]):
         heads = (self.head, None if self.teacher is None else self.teacher.head)
         sides = (states, heads[0], teacher_states, heads[1])
         if all(head is None or head.is_whole() for head in heads):
-            return fused_loss(chunk_loss, *sides, chunk_size=self._chunk_size(len(states)), scale=scale)
+            return fused_loss(chunk_loss, *sides, chunk_size=self._chunk_size(copies), scale=scale)
         logger.warning_once("A head is sharded outside of its forward: all logits of a batch are held at once.")
         return unfused_loss(chunk_loss, *sides, scale=scale)
 
-    def _chunk_size(self, num_positions: int) -> int:
-        """Positions whose logits, with the copies that the losses make of them, fit the budget."""
+    def _chunk_size(self, copies: tuple[int, int]) -> int:
+        """Positions whose logits fit the budget in so many copies of the student's and of the teacher's."""
         rows = (4 * self.head.vocab_size, 0 if self.teacher is None else 4 * self.teacher.head.vocab_size)
-        budget = min(LOGIT_SHARE * num_positions * sum(rows), MOST_BYTES)
+        budget = min(LOGIT_SHARE * self.num_positions * sum(rows), MOST_BYTES)
         if self.settings.logit_chunk_mb is not None:
             budget = 1e6 * self.settings.logit_chunk_mb
-        student, teacher = COPIES[self.settings.kl_method]
-        student += JS_COPIES * (self.settings.kl_direction == "js")
-        return max(int(budget // (student * rows[0] + teacher * rows[1])), 1)
+        return max(int(budget // (copies[0] * rows[0] + copies[1] * rows[1])), 1)
 
-    def _chunks(self, states: Tensor) -> Iterator[slice]:
-        size = self._chunk_size(len(states))
-        return (slice(start, start + size) for start in range(0, max(len(states), 1), size))
+    def _chunks(self, rows: Tensor) -> Iterator[slice]:
+        size = self._chunk_size(LOOK_COPIES)
+        return (slice(start, start + size) for start in range(0, max(len(rows), 1), size))

@@ -122,7 +122,7 @@ class DistillationModel(nn.Module):
         losses = frozenset(name for name, weight in (weights or {}).items() if weight > 0)
         tapped = {} if teacher_output is None else self.tapped_layers(weights, side=0)
         trunk = run_trunk(self.causal_lm, input_ids, attention_mask, **tapped)
-        logits = LogitPass(self.logit_settings, output_head(self.causal_lm), teacher)
+        logits = self._logit_pass(teacher, input_ids)
         num_items, num_anchors = batch.get("num_items_in_batch"), batch.get("num_anchors_in_batch")
         if teacher_output is None:
             predicted = labels[:, 1:] != IGNORE_INDEX
@@ -184,9 +184,13 @@ class DistillationModel(nn.Module):
         """`route` for a collated batch on its own, with the logits, to look at what the router does."""
         trunk = run_trunk(self.causal_lm, batch["input_ids"], batch["attention_mask"])
         at = AnchorBatch.of(batch, trunk, teacher_output)
-        survey = LogitPass(self.logit_settings, output_head(self.causal_lm), teacher).survey(at)
+        survey = self._logit_pass(teacher, batch["input_ids"]).survey(at)
         routed = self.route(at, survey, teacher, values)
         return replace(routed, logits=teacher.head(routed.hidden_states))
+
+    def _logit_pass(self, teacher: Teacher | None, input_ids: Tensor) -> LogitPass:
+        head = output_head(self.causal_lm)
+        return LogitPass(self.logit_settings, head, teacher, num_positions=input_ids.numel())
 
     def _state_losses(
         self, at: AnchorBatch, routed: RoutedBatch, losses: frozenset[str], unlocked_fraction: float

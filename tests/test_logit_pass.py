@@ -250,18 +250,18 @@ def test_the_alm_gradient_is_that_of_its_definition():
     assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(slope, rel=0.05)
 
 
-def test_a_smaller_budget_makes_smaller_chunks_and_none_follows_the_batch():
+def test_chunks_follow_the_budget_or_else_the_batch():
     teacher = tiny_teacher()
 
-    def size(positions, **settings):
+    def size(positions, copies=(7, 2), **settings):
         model = distillation_model(teacher, **settings)
         head = logit_pass.Head(model.student.lm_head, STUDENT_ROWS)
-        return logit_pass.LogitPass(model.logit_settings, head, teacher)._chunk_size(positions)
+        return logit_pass.LogitPass(model.logit_settings, head, teacher, num_positions=positions)._chunk_size(copies)
 
     assert size(10, logit_chunk_mb=1e-6) == 1
     assert size(10, logit_chunk_mb=8.0) == 2 * size(10, logit_chunk_mb=4.0) > 50
     assert size(2000) == pytest.approx(2 * size(1000), abs=1) and size(10**9) < 10**5
-    assert size(1000, kl_method="uld") < size(1000, kl_direction="js") < size(1000)
+    assert size(1000, (14, 4)) == pytest.approx(size(1000) / 2, abs=1)
 
 
 def test_a_sharded_head_falls_back_to_one_pass_with_one_line_in_the_log(monkeypatch):

@@ -109,7 +109,9 @@ def reference_case(device: str) -> Case:
 
 def fused(case: Case, method: str, chunk_mb: float | None, unfused: bool = False):
     """One forward and backward pass of the logit losses."""
-    logits = LogitPass(LogitSettings(kl_method=method, logit_chunk_mb=chunk_mb), case.head, case.teacher)
+    logits = LogitPass(
+        LogitSettings(kl_method=method, logit_chunk_mb=chunk_mb), case.head, case.teacher, num_positions=BATCH * LENGTH
+    )
     if unfused:
         # What a sharded head gets: everything at once.
         object.__setattr__(case.head, "is_whole", lambda: False)
