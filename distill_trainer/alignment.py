@@ -122,21 +122,23 @@ class VocabularyProjection(nn.Module):
         exact = torch.zeros(teacher_vocab_size, dtype=torch.bool)
         special = _counterparts(teacher_tokenizer, student_tokenizer)
         student_special = _special_ids(student_tokenizer)
-        student_vocabulary = {
-            token_bytes(token): index
-            for token, index in student_tokenizer.get_vocab().items()
-            if index not in student_special
-        }
+        known = {t: i for t, i in student_tokenizer.get_vocab().items() if i not in student_special}
+        by_bytes: dict[bytes, set[int]] = {}
+        for token, index in known.items():
+            by_bytes.setdefault(token_bytes(token), set()).add(index)
         unmatched: dict[int, bytes] = {}
         for token, index in teacher_tokenizer.get_vocab().items():
             if index in special:
                 student_ids[index], exact[index] = special[index], special[index] >= 0
-            elif (content := token_bytes(token)) in student_vocabulary:
-                student_ids[index], exact[index] = student_vocabulary[content], True
+            elif token in known:
+                student_ids[index], exact[index] = known[token], True
+            elif len(by_bytes.get(content := token_bytes(token), ())) == 1:
+                student_ids[index], exact[index] = min(by_bytes[content]), True
             else:
+                # None, or several as where an added token repeats another: the tokenizer's own choice decides.
                 unmatched[index] = content
         for index, first in zip(unmatched, _first_tokens(student_tokenizer, list(unmatched.values())), strict=True):
-            student_ids[index] = first
+            student_ids[index], exact[index] = first, first in by_bytes.get(unmatched[index], ())
         return cls(student_ids, student_vocab_size, exact)
 
     @property

@@ -151,11 +151,11 @@ class DistillationArguments(TrainingArguments):
     )
     span_correction: bool = field(
         default=True,
-        metadata={"help": "Give a student token that spans several teacher tokens their joint probability."},
+        metadata={"help": "projected, topk: give a student token of several teacher tokens their joint probability."},
     )
     logit_chunk_mb: float | None = field(
         default=None,
-        metadata={"help": "Megabytes of logits that exist at once, above 0. None: a seventh of what all would take."},
+        metadata={"help": "Megabytes of logits at once, above 0. None: a seventh of all logits, at most 537."},
     )
     kl_direction: str = field(
         default="forward",

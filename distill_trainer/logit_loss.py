@@ -28,6 +28,11 @@ class LogitSettings:
     logit_chunk_mb: float | None = None
     router_student_weight: float = 0.1
 
+    @property
+    def corrects_spans(self) -> bool:
+        """Whether the projected beliefs are corrected; the other methods do not use them."""
+        return self.span_correction and self.kl_method in ("projected", "topk")
+
 
 @dataclass
 class Survey:
@@ -92,7 +97,7 @@ class AnchorLoss:
         )
         spans = at.teacher.spans
         self.corrected = spans.complete & spans.one_student_token & (spans.num_inner > 0)
-        self.corrects = self.corrected.tolist() if settings.span_correction else []
+        self.corrects = self.corrected.tolist() if settings.corrects_spans else []
         if settings.kl_method == "alm" and weights["kl"]:
             self._match_spans(first_logprobs)
 

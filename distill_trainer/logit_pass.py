@@ -60,17 +60,17 @@ class LogitPass:
     @torch.no_grad()
     def token_logprobs(self, head: Head, states: Tensor, ids: Tensor) -> Tensor:
         """Log-probability that a head gives each token, `(num_positions,)`, nats."""
-        pieces = [
-            -F.cross_entropy(head(states[rows]).float(), ids[rows], reduction="none") for rows in self._chunks(ids)
-        ]
-        return torch.cat(pieces)
+        chunks = self._chunks(ids)
+        return torch.cat(
+            [-F.cross_entropy(head(states[rows]).float(), ids[rows], reduction="none") for rows in chunks]
+        )
 
     @torch.no_grad()
     def survey(self, at: AnchorBatch) -> Survey:
         """Look at both models' logits at the anchors, before the router chooses."""
         survey = Survey(*torch.cat([self._look(at, rows) for rows in self._chunks(at.upcoming)], dim=1))
         spans, alm = at.teacher.spans, self.settings.kl_method == "alm"
-        if alm or self.settings.span_correction:
+        if alm or self.settings.corrects_spans:
             inner = self.token_logprobs(self.teacher.head, at.teacher.inner_states, spans.teacher_targets)
             survey.inner_logprobs = spans.inner_sums(inner)
         if alm:
@@ -129,10 +129,13 @@ class LogitPass:
     def _run(self, chunk_loss, states: Tensor, teacher_states: Tensor | None, scale, copies: tuple[int, int]):
         heads = (self.head, None if self.teacher is None else self.teacher.head)
         sides = (states, heads[0], teacher_states, heads[1])
-        if all(head is None or head.is_whole() for head in heads):
+        if self._are_whole():
             return fused_loss(chunk_loss, *sides, chunk_size=self._chunk_size(copies), scale=scale)
         logger.warning_once("A head is sharded outside of its forward: all logits of a batch are held at once.")
         return unfused_loss(chunk_loss, *sides, scale=scale)
+
+    def _are_whole(self) -> bool:
+        return self.head.is_whole() and (self.teacher is None or self.teacher.head.is_whole())
 
     def _chunk_size(self, copies: tuple[int, int]) -> int:
         """Positions whose logits fit the budget in so many copies of the student's and of the teacher's."""
@@ -143,5 +146,6 @@ class LogitPass:
         return max(int(budget // (copies[0] * rows[0] + copies[1] * rows[1])), 1)
 
     def _chunks(self, rows: Tensor) -> Iterator[slice]:
-        size = self._chunk_size(LOOK_COPIES)
+        # Every call of a sharded head gathers it on all ranks, so each rank must make just one, whatever its rows.
+        size = self._chunk_size(LOOK_COPIES) if self._are_whole() else max(len(rows), 1)
         return (slice(start, start + size) for start in range(0, max(len(rows), 1), size))

@@ -12,6 +12,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from distill_trainer.alignment import VocabularyProjection, anchor_pairs, merge_ends, window_size
+from distill_trainer.demo import train_tokenizer
 from distill_trainer.errors import TokenizerError
 from distill_trainer.tokens import NO_BOUNDARY, _normalization_ends, encode, token_bytes
 
@@ -527,3 +528,17 @@ def test_a_tokenizer_with_more_tokens_than_its_model_has_rows_is_refused(side, t
     with pytest.raises(TokenizerError, match=f"The {side}'s tokenizer has .* Use the tokenizer that the") as error:
         VocabularyProjection.from_tokenizers(teacher_tokenizer, student_tokenizer, *sizes.values())
     assert "\n" not in str(error.value)
+
+
+def test_an_added_token_that_repeats_another_maps_the_same_in_every_process():
+    """Two tokens of the same bytes: the one of that spelling, else the one that the tokenizer itself would choose."""
+    plain = train_tokenizer(["the the the then"], 300, like_qwen=False)
+    doubled = train_tokenizer(["the the the then"], 300, like_qwen=False)
+    doubled.add_tokens([AddedToken(" the", special=False)])
+    added, regular = doubled.convert_tokens_to_ids(" the"), doubled.convert_tokens_to_ids("\u0120the")
+    assert added != regular and added >= len(plain)
+    sizes = len(doubled), len(doubled)
+    same = VocabularyProjection.from_tokenizers(doubled, doubled, *sizes)
+    assert torch.equal(same.student_ids, torch.arange(len(doubled)))
+    other = VocabularyProjection.from_tokenizers(plain, doubled, *sizes).student_ids
+    assert int(other[plain.convert_tokens_to_ids("\u0120the")]) == regular

@@ -61,9 +61,11 @@ def unfused_loss(
     logits = student_head(student_states).float()
     num_anchors = 0 if teacher_states is None else len(teacher_states)
     total, reported = chunk_loss(slice(num_anchors, len(logits)), logits[num_anchors:], None)
-    if num_anchors:
-        teacher_logits = teacher_head(teacher_states).float()
-        at_anchors, sums = chunk_loss(slice(0, num_anchors), logits[:num_anchors], teacher_logits)
+    if teacher_states is not None:
+        # Also without an anchor: a sharded head must be called on every rank.
+        at_anchors, sums = chunk_loss(
+            slice(0, num_anchors), logits[:num_anchors], teacher_head(teacher_states).float()
+        )
         total, reported = total + at_anchors, reported + sums
     return total * scale, reported.detach()
 
