@@ -1,8 +1,11 @@
 import configparser
 import dataclasses
 import importlib.util
+import os
 import re
 import shlex
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -110,12 +113,25 @@ def test_every_command_is_one_that_these_tests_know():
         r"python -m distill_trainer\.\w+.*",
         r"python -c .*",
         r"python tests/test_readme\.py",
+        r"python tests/benchmarks/bench_\w+\.py",
         r"pytest|ruff check \.|ruff format --check \.|mypy distill_trainer run_distillation\.py",
         r"export CUDA_VISIBLE_DEVICES=0",
     ]
     for words in commands():
         line = " ".join(words).removeprefix("PYTHONPATH=. ")
         assert any(re.fullmatch(pattern, line) for pattern in known), line
+
+
+@pytest.mark.parametrize("name", ["bench_kl_methods", "bench_logit_loss"])
+def test_the_benchmarks_of_the_tables_start(name):
+    done = subprocess.run(
+        [sys.executable, ROOT / f"tests/benchmarks/{name}.py", "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0 and f"tests/benchmarks/{name}.py" in done.stdout
+    assert f"python tests/benchmarks/{name}.py" in README
 
 
 def test_the_first_two_commands_are_the_demo_and_the_tests():
