@@ -19,7 +19,7 @@ from distill_trainer.teacher import Teacher
 logger = logging.get_logger(__name__)
 
 # Float32 copies of a position's logits over the student's and the teacher's vocabulary that a chunk holds at its peak.
-COPIES = {"projected": (7, 2), "topk": (7, 2), "uld": (9, 6), "hybrid": (9, 6), "alm": (6, 2)}
+COPIES = {"projected": (7, 2), "topk": (7, 2), "uld": (9, 6), "hybrid": (10, 6), "alm": (6, 2)}
 # The same for the passes that compare nothing: LM alone, and those without gradient.
 TEXT_COPIES, LOOK_COPIES = (4, 0), (5, 1)
 # Jensen-Shannon holds the mixture of both sides as well.
@@ -131,7 +131,9 @@ class LogitPass:
         sides = (states, heads[0], teacher_states, heads[1])
         if self._are_whole():
             return fused_loss(chunk_loss, *sides, chunk_size=self._chunk_size(copies), scale=scale)
-        logger.warning_once("A head is sharded outside of its forward: all logits of a batch are held at once.")
+        logger.warning_once(
+            "A head is sharded or packed outside of its forward: all logits of a batch are held at once."
+        )
         return unfused_loss(chunk_loss, *sides, scale=scale)
 
     def _are_whole(self) -> bool:

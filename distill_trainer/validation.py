@@ -16,6 +16,7 @@ def check_number(name: str, value: float, *, least: float | None = None, above: 
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of `choices`."""
     if value not in choices:
         raise ConfigurationError(f"{name} must be one of {', '.join(choices)}, got {value}.")
 

@@ -273,6 +273,23 @@ def test_a_sharded_head_falls_back_to_one_pass_with_one_line_in_the_log(monkeypa
     assert len(lines) == 1 and "sharded" in lines[0]
 
 
+@pytest.mark.parametrize("method", ["projected", "alm"])
+def test_a_sharded_head_is_called_as_often_whatever_the_batch(monkeypatch, method):
+    """Each call gathers the weights on all ranks: ranks with other batches must make the same calls."""
+    monkeypatch.setattr(logit_pass.Head, "is_whole", lambda head: False)
+    teacher, calls = tiny_teacher(), []
+    model = distillation_model(teacher, kl_method=method)
+    for name, head in (("student", model.student.lm_head), ("teacher", teacher.model.lm_head)):
+        head.register_forward_hook(lambda module, inputs, output, name=name: calls.append(name))
+    without_anchors = collated(1) | {"anchor_mask": torch.zeros_like(collated(1)["anchor_mask"])}
+    counts = []
+    for batch in (collated(1), collated(6), without_anchors):
+        calls.clear()
+        run(model, teacher, batch)["logit_loss"].backward()
+        counts.append(tuple(calls))
+    assert counts[0] == counts[1] == counts[2] and {"student", "teacher"} == set(counts[0])
+
+
 def test_no_chunk_holds_all_logits(monkeypatch):
     """The largest tensor that either head makes has a chunk's rows."""
     teacher, rows = tiny_teacher(), []

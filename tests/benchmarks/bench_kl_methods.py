@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+import yaml
 from transformers import set_seed
 from transformers.utils import logging
 
@@ -27,6 +28,7 @@ from distill_trainer.loading import load_causal_lm, load_tokenizer
 from distill_trainer.trainer import DistillationTrainer
 
 ROOT = Path(__file__).parents[2]
+DEMO = yaml.safe_load((ROOT / "configs/demo.yaml").read_text())
 OTHER_LOSSES = ("feature_weight", "attention_weight", "layerwise_weight", "contrastive_weight")
 LM_ONLY = "LM only"
 VARIANTS = {
@@ -43,10 +45,10 @@ VARIANTS = {
 }
 
 
-def bits_per_byte(settings: dict, seed: int, folder: Path, steps: int | None) -> dict[str, float]:
+def bits_per_byte(settings: dict, seed: int, folder: Path) -> dict[str, float]:
     """Train one student and score it on the test documents."""
     flags = {"seed": seed, "output_dir": folder / "run", "run_baseline": False, "eval_strategy": "no", **settings}
-    flags |= dict.fromkeys(OTHER_LOSSES, 0.0) | ({} if steps is None else {"max_steps": steps})
+    flags |= dict.fromkeys(OTHER_LOSSES, 0.0)
     argv = [str(ROOT / "configs/demo.yaml"), "--disable_tqdm", "true", "--logging_strategy", "no"]
     argv += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     names, texts, args = parse_arguments(argv)
@@ -77,8 +79,7 @@ def bits_per_byte(settings: dict, seed: int, folder: Path, steps: int | None) ->
     seconds = time.monotonic() - start
     test, _ = prepare_dataset(splits["test"], *tokenizers, max_length=args.max_length)
     figures = trainer.evaluate(test)
-    steps = trainer.state.max_steps
-    return {"bits_per_byte": figures["eval_bits_per_byte"], "seconds_per_step": seconds / steps, "steps": steps}
+    return {"bits_per_byte": figures["eval_bits_per_byte"], "seconds_per_step": seconds / trainer.state.max_steps}
 
 
 def table(folder: Path, variants: list[str], seeds: list[int]) -> str:
@@ -119,7 +120,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs/bench_kl_methods")
-    parser.add_argument("--max_steps", type=int, default=None, help="Other than the demo's.")
+    parser.add_argument("--max_steps", type=int, default=DEMO["max_steps"], help="The demo's, unless given.")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -127,13 +128,13 @@ def main() -> None:
     for seed in arguments.seeds:
         for name in arguments.variants:
             path = result_path(arguments.folder, name, seed)
-            steps = json.loads(path.read_text())["steps"] if path.exists() else arguments.max_steps
-            if arguments.max_steps is not None and steps != arguments.max_steps:
-                parser.error(f"{path} is of {steps} steps: choose another --folder for {arguments.max_steps}.")
+            settings = VARIANTS[name] | {"max_steps": arguments.max_steps}
             if not path.exists():
-                figures = bits_per_byte(VARIANTS[name], seed, arguments.folder, arguments.max_steps)
-                path.write_text(json.dumps(figures))
+                figures = bits_per_byte(settings, seed, arguments.folder)
+                path.write_text(json.dumps(figures | {"settings": settings}))
                 print(f"seed {seed}  {name:26}{figures['bits_per_byte']:.4f}", flush=True)
+            elif json.loads(path.read_text())["settings"] != settings:
+                parser.error(f"{path} was made with other settings than {settings}. Give another --folder.")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     print(table(arguments.folder, arguments.variants, arguments.seeds))
 
