@@ -1,6 +1,6 @@
 """Student and teacher of one batch, side by side at its anchors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,14 +17,17 @@ class RoutedBatch:
 
     Attributes:
         residual: Re-routed residual stream after the last layer, `(num_anchors, teacher_hidden_size)`.
-        hidden_states: Input of the teacher's head, same shape.
+        hidden_states: Input of the teacher's head, same shape, or `(num_anchors, num_samples, teacher_hidden_size)`:
+            several, whose beliefs are averaged.
         gap: KL(teacher with its own gate || student), nats, `(num_anchors,)`.
         mask: Which of the batch's anchors these are, `(batch_size, num_anchors_in_row)`.
-        router: The router's decision, None without a router.
+        router: The router's decision at the highest re-routed layer, None without a router.
         gate_logits: The gate's scores, None without a router, `(num_anchors, num_experts)`.
         gate_experts: The gate's own choice, None without a router, `(num_anchors, gate_top_k)`.
         logits: Over the teacher's vocabulary, `(num_anchors, teacher_vocab_size)`; None in training, which never holds
             them all at once.
+        layers: Re-routed residual stream after layers below the last, by layer.
+        others: The router's decisions and the gate's scores at the other re-routed layers.
     """
 
     residual: Tensor
@@ -35,6 +38,8 @@ class RoutedBatch:
     gate_logits: Tensor | None = None
     gate_experts: Tensor | None = None
     logits: Tensor | None = None
+    layers: dict[int, Tensor] = field(default_factory=dict)
+    others: list[tuple[RouterOutput, Tensor]] = field(default_factory=list)
 
     def __getattr__(self, name: str):
         """The router's own figures, such as `selected_experts`, by their name."""
@@ -97,5 +102,7 @@ class AnchorBatch:
         return hidden_states[self.teacher.anchors.rows, self.teacher.anchors.student_positions]
 
     def teacher_state(self, layer: int, routed: RoutedBatch) -> Tensor:
-        """The teacher's residual stream after a layer; the re-routed one after the last layer."""
-        return routed.residual if layer == self.teacher.last_layer else self.teacher.layers[layer]
+        """The teacher's residual stream after a layer; the re-routed one where there is one."""
+        if layer == self.teacher.last_layer:
+            return routed.residual
+        return routed.layers[layer] if layer in routed.layers else self.teacher.layers[layer]

@@ -11,89 +11,11 @@ from transformers import TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from distill_trainer.errors import ConfigurationError
+from distill_trainer.input_arguments import DataArguments, ModelArguments
 from distill_trainer.parsing import SettingsParser
+from distill_trainer.router import ROUTER_PARTS
 from distill_trainer.schedules import LOSS_NAMES
 from distill_trainer.validation import check_choice, check_number, check_writable
-
-
-@dataclass
-class ModelArguments:
-    """Which teacher and which student. The help text of each field is its documentation."""
-
-    teacher_model_name_or_path: str = field(
-        default="huihui-ai/Huihui-MoE-1B-A0.6B",
-        metadata={"help": "Teacher: a causal language model, as a name on the Hub or a folder."},
-    )
-    student_model_name_or_path: str = field(
-        default="HuggingFaceTB/SmolLM-135M",
-        metadata={"help": "Student: a causal language model, as a name on the Hub or a folder."},
-    )
-    teacher_dtype: str = field(
-        default="auto",
-        metadata={"help": "Type of the teacher's weights: float32, float16, bfloat16, or auto (as saved)."},
-    )
-    student_init: str = field(
-        default="pretrained",
-        metadata={"help": "pretrained loads the student's weights; random draws new ones for its configuration."},
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the Python code that a model's repository brings along."}
-    )
-
-    def __post_init__(self) -> None:
-        check_choice("teacher_dtype", self.teacher_dtype, ("float32", "float16", "bfloat16", "auto"))
-        check_choice("student_init", self.student_init, ("pretrained", "random"))
-
-
-@dataclass
-class DataArguments:
-    """Which text. The help text of each field is its documentation."""
-
-    datasets: list[str] = field(
-        default_factory=lambda: ["wikitext"],
-        metadata={
-            "help": "One or more datasets: names on the Hub, or local text, JSONL and Parquet files or folders."
-        },
-    )
-    dataset_weights: list[float] | None = field(
-        default=None,
-        metadata={"help": "Share of each dataset in the mixture, above 0, one each. None: all documents once."},
-    )
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text of a document."})
-    dataset_subset_size: int | None = field(
-        default=None, metadata={"help": "Use this many documents of the mixture, 1 or above. None: all."}
-    )
-    validation_fraction: float = field(
-        default=0.05,
-        metadata={"help": "Share of the documents that is held out for evaluation, above 0 and below 1."},
-    )
-    streaming: bool = field(default=False, metadata={"help": "Read the datasets while training, without a download."})
-    use_dynamic_batching: bool = field(
-        default=False,
-        metadata={"help": "Batch windows of similar length: train_sampling_strategy=group_by_length."},
-    )
-
-    def __post_init__(self) -> None:
-        if not self.datasets or not all(name.strip() for name in self.datasets):
-            raise ConfigurationError(f"datasets must name at least one dataset, got {self.datasets}.")
-        if self.dataset_weights is not None:
-            if len(self.dataset_weights) != len(self.datasets):
-                raise ConfigurationError(
-                    f"dataset_weights must have one value for each of the {len(self.datasets)} datasets, "
-                    f"got {self.dataset_weights}."
-                )
-            for weight in self.dataset_weights:
-                check_number("dataset_weights", weight, above=0)
-        if self.dataset_subset_size is not None:
-            check_number("dataset_subset_size", self.dataset_subset_size, least=1)
-        if not 0 < self.validation_fraction < 1:
-            raise ConfigurationError(
-                f"validation_fraction must be above 0 and below 1, got {self.validation_fraction}."
-            )
-        if self.streaming and self.use_dynamic_batching:
-            raise ConfigurationError(
-                "use_dynamic_batching must be false with streaming, got true. The lengths are not known beforehand."
-            )
 
 
 @dataclass
@@ -170,6 +92,27 @@ class DistillationArguments(TrainingArguments):
     use_router: bool = field(
         default=True,
         metadata={"help": "Mix the experts of a MoE teacher by the student-aware router, not by its gate."},
+    )
+    router_layers: str | list[str] = field(
+        default_factory=lambda: "last",
+        metadata={
+            "help": "Layers with experts that the router changes: last, last:N, all (the layers above the lowest run "
+            "twice), or a list of layers from 0 that serve the feature and layer-wise losses only, beside the last."
+        },
+    )
+    router_parts: list[str] = field(
+        default_factory=lambda: list(ROUTER_PARTS),
+        metadata={"help": "What moves the router from the gate: importance (both models' states), capacity, gap."},
+    )
+    expert_sampling: int = field(
+        default=0,
+        metadata={"help": "Draw so many sets of experts per anchor and average what the teacher says. 0: none."},
+    )
+    router_interval: int = field(
+        default=1, metadata={"help": "The router learns in every so many steps, 1 or above; it always routes."}
+    )
+    router_until: float = field(
+        default=1.0, metadata={"help": "Share of the steps in which the router learns, above 0 up to 1."}
     )
     initial_top_k: int = field(default=1, metadata={"help": "Experts per token at the start, 1 or above."})
     final_top_k: int = field(
@@ -280,6 +223,7 @@ class DistillationArguments(TrainingArguments):
         self._check_weights()
         self.check_numbers()
         self._check_layers()
+        self._check_router()
         self._check_logits()
         if self.remove_unused_columns:
             raise ConfigurationError(
@@ -331,7 +275,7 @@ class DistillationArguments(TrainingArguments):
             check_number(name, getattr(self, name), least=0)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             check_number(name, getattr(self, name), least=1)
-        for name in ("initial_top_k", "final_top_k", "max_nonfinite_steps", "lora_r", "lora_alpha"):
+        for name in ("initial_top_k", "final_top_k", "router_interval", "max_nonfinite_steps", "lora_r", "lora_alpha"):
             check_number(name, getattr(self, name), least=1)
         check_number("max_length", self.max_length, least=2)
         check_number("num_train_epochs", self.num_train_epochs, above=0)
@@ -340,6 +284,26 @@ class DistillationArguments(TrainingArguments):
         bounds = self.phase_boundaries
         if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] <= 1:
             raise ConfigurationError(f"phase_boundaries must be two rising values from 0 to 1, got {bounds}.")
+
+    def _check_router(self) -> None:
+        layers = self.router_layers
+        if isinstance(layers, list) and len(layers) == 1 and not layers[0].isdigit():
+            layers = self.router_layers = layers[0]
+        named = isinstance(layers, list) and layers and all(re.fullmatch(r"\d+", layer) for layer in layers)
+        if not named and not (isinstance(layers, str) and re.fullmatch(r"last|all|last:[1-9]\d*", layers)):
+            raise ConfigurationError(
+                f"router_layers must be last, last:N, all, or layer numbers as in 1 3, got {layers}."
+            )
+        for part in self.router_parts:
+            check_choice("router_parts", part, ROUTER_PARTS)
+        check_number("expert_sampling", self.expert_sampling, least=0)
+        if self.expert_sampling and layers != "last":
+            raise ConfigurationError(
+                f"expert_sampling must be 0 unless router_layers is last, got {self.expert_sampling}. Several choices "
+                "in several layers would run these layers once for each."
+            )
+        if not 0 < self.router_until <= 1:
+            raise ConfigurationError(f"router_until must be above 0 and up to 1, got {self.router_until}.")
 
     def _check_logits(self) -> None:
         check_choice("kl_method", self.kl_method, ("projected", "topk", "uld", "hybrid", "alm"))

@@ -107,6 +107,23 @@ class LossWeightScheduleCallback(_ScheduleCallback):
         self.values.unlocked_fraction = unlocked_fraction(progress, self.phase_boundaries[1])
 
 
+class RouterLearningCallback(TrainerCallback):
+    """Let the router learn in some steps only; in the others it routes without a gradient, which is cheaper.
+
+    Args:
+        values: The values that the trainer reads; `router_learns` is set before each optimizer step.
+        interval: It learns in every so many steps, from the first on.
+        until: Fraction of `max_steps` after which it learns no more.
+    """
+
+    def __init__(self, values: ScheduledValues, *, interval: int, until: float):
+        self.values, self.interval, self.until = values, interval, until
+
+    def on_step_begin(self, args, state: TrainerState, control, **kwargs):
+        done = state.global_step >= self.until * state.max_steps
+        self.values.router_learns = state.global_step % self.interval == 0 and not done
+
+
 def _checked_ratio(warmup_ratio: float) -> float:
     if not 0 < warmup_ratio <= 1:
         raise ConfigurationError(f"warmup_ratio must be above 0 and up to 1, got {warmup_ratio}.")
@@ -121,6 +138,8 @@ def training_schedules(
     router_temperature: tuple[float, float],
     weights: Mapping[str, float],
     phase_boundaries: Sequence[float],
+    router_interval: int,
+    router_until: float,
 ) -> list[TrainerCallback]:
     """The callbacks of a training run. Top-k and temperatures go from start to end over its first half.
 
@@ -131,6 +150,8 @@ def training_schedules(
         router_temperature: Start and end.
         weights: See `LossWeightScheduleCallback`.
         phase_boundaries: Likewise.
+        router_interval: See `RouterLearningCallback`.
+        router_until: Likewise.
     """
     return [
         TopKScheduleCallback(values, start=top_k[0], end=top_k[1], warmup_ratio=WARMUP_RATIO),
@@ -143,6 +164,7 @@ def training_schedules(
             attribute="router_temperature",
         ),
         LossWeightScheduleCallback(values, weights=weights, phase_boundaries=phase_boundaries),
+        RouterLearningCallback(values, interval=router_interval, until=router_until),
     ]
 
 

@@ -11,7 +11,7 @@ from distill_trainer.aligned import AnchorBatch, RoutedBatch
 from distill_trainer.alignment import VocabularyProjection
 from distill_trainer.losses.cross_tokenizer import alm_divergence, hybrid_distance, top_k_divergence, uld_distance
 from distill_trainer.losses.gap_weights import gap_weights
-from distill_trainer.losses.logits import divergence
+from distill_trainer.losses.logits import divergence, mean_belief
 from distill_trainer.losses.span_correction import correct_spans
 from distill_trainer.router import student_divergence
 
@@ -107,9 +107,11 @@ class AnchorLoss:
         Args:
             rows: Of the batch's `num_positions`.
             student_logits: `(num_rows, student_vocab_size)`, float32.
-            teacher_logits: Of the student-aware teacher, `(num_rows, teacher_vocab_size)`, float32; written over. None
-                if the rows are no anchors.
+            teacher_logits: Of the student-aware teacher, `(num_rows, teacher_vocab_size)`, float32; written over; or
+                several, `(num_rows, num_samples, teacher_vocab_size)`. None if the rows are no anchors.
         """
+        if teacher_logits is not None and teacher_logits.ndim == 3:
+            teacher_logits = mean_belief(teacher_logits)
         sums = {name: student_logits.new_zeros(()) for name in self.REPORTED}
         student_logprobs = F.log_softmax(student_logits, dim=-1)
         true_logprobs = _picked(student_logprobs, self.at.labels[rows])

@@ -12,7 +12,7 @@ from distill_trainer.aligned import AnchorBatch, RoutedBatch
 from distill_trainer.logit_loss import AnchorLoss, LogitSettings, Survey
 from distill_trainer.losses.fused import fused_loss, unfused_loss
 from distill_trainer.losses.heads import Head
-from distill_trainer.losses.logits import kl_divergence
+from distill_trainer.losses.logits import kl_divergence, mean_belief
 from distill_trainer.losses.reduction import row_dot
 from distill_trainer.teacher import Teacher
 
@@ -59,11 +59,13 @@ class LogitPass:
 
     @torch.no_grad()
     def token_logprobs(self, head: Head, states: Tensor, ids: Tensor) -> Tensor:
-        """Log-probability that a head gives each token, `(num_positions,)`, nats."""
-        chunks = self._chunks(ids)
-        return torch.cat(
-            [-F.cross_entropy(head(states[rows]).float(), ids[rows], reduction="none") for rows in chunks]
-        )
+        """Log-probability that a head gives each token, `(num_positions,)`, nats; of several states, of their mean."""
+        values = []
+        for rows in self._chunks(ids):
+            logits = head(states[rows]).float()
+            logits = logits if logits.ndim == 2 else mean_belief(logits)
+            values.append(-F.cross_entropy(logits, ids[rows], reduction="none"))
+        return torch.cat(values)
 
     @torch.no_grad()
     def survey(self, at: AnchorBatch) -> Survey:
@@ -122,7 +124,9 @@ class LogitPass:
         )
         states = at.hidden_states if weights["lm"] or alm else at.hidden_states[: len(at.upcoming)]
         student, teacher = COPIES[self.settings.kl_method]
-        copies = (student + JS_COPIES * (self.settings.kl_direction == "js"), teacher)
+        # Of several choices of experts at an anchor each has its own logits, and its own gradient.
+        samples = 1 if routed.hidden_states.ndim == 2 else 2 * routed.hidden_states.shape[1]
+        copies = (student + JS_COPIES * (self.settings.kl_direction == "js"), teacher * samples)
         total, sums = self._run(loss, states, routed.hidden_states, 1 / loss.num_items, copies)
         return total, loss.parts(sums)
 

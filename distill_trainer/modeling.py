@@ -10,16 +10,19 @@ from transformers import PreTrainedModel
 
 from distill_trainer.aligned import AnchorBatch, RoutedBatch
 from distill_trainer.anchors import IGNORE_INDEX
+from distill_trainer.layer_plan import LayerPairs
 from distill_trainer.logit_loss import LogitSettings, Survey
 from distill_trainer.logit_pass import LogitPass
 from distill_trainer.losses.attention import attention_loss, attention_rows, pool_spans
 from distill_trainer.losses.contrastive import contrastive_loss
 from distill_trainer.losses.feature import feature_loss
 from distill_trainer.losses.layerwise import layerwise_loss
+from distill_trainer.losses.logits import mean_belief
 from distill_trainer.losses.reduction import token_mean
-from distill_trainer.router import KnowledgeGap, StudentAwareRouter, routing_losses
+from distill_trainer.router import KnowledgeGap
+from distill_trainer.routing import Routing, router_losses, routing_metrics
 from distill_trainer.schedules import LOGIT_LOSSES, ScheduledValues
-from distill_trainer.taps import LayerPairs, output_head, run_trunk
+from distill_trainer.taps import output_head, run_trunk
 from distill_trainer.teacher import Teacher, TeacherOutput
 
 STUDENT_PREFIX = "student."
@@ -30,7 +33,7 @@ class DistillationModel(nn.Module):
 
     Args:
         student: The model to train, a `PeftModel` over one included.
-        gate_rows: Weight of the teacher's last gate, `(num_experts, teacher_hidden_size)`; None trains no router.
+        routing: The student-aware routers of the teacher's layers; None trains none.
         teacher_hidden_size: Width that student states are projected to.
         pairs: Layers to compare.
         contrastive: Make the projection of the contrastive loss.
@@ -44,7 +47,7 @@ class DistillationModel(nn.Module):
         self,
         student: nn.Module,
         *,
-        gate_rows: Tensor | None,
+        routing: Routing | None,
         teacher_hidden_size: int,
         pairs: LayerPairs,
         contrastive: bool,
@@ -55,7 +58,7 @@ class DistillationModel(nn.Module):
         self.pairs = pairs
         self.logit_settings = logits or LogitSettings()
         width = self.causal_lm.config.hidden_size
-        self.router = None if gate_rows is None else StudentAwareRouter(gate_rows, width)
+        self.routing = routing
         self.gap = KnowledgeGap()
 
         def projections(count: int) -> nn.ModuleList:
@@ -139,12 +142,18 @@ class DistillationModel(nn.Module):
         routed = self.route(at, survey, teacher, values)
         logit_loss, parts = logits.losses(at, routed, survey, weights=weights, temperature=values.temperature)
         state_losses = self._state_losses(at, routed, losses, values.unlocked_fraction)
+        learnable = state_losses.pop("student_feature", None)
         if "attention" in losses:
             state_losses["attention"] = self._attention_loss(at, attention_mask, batch)
+        router = {}
+        if self.routing is not None:
+            # The student's side is detached in all of them.
+            router = {name: parts[name] for name in ("ce", "student_kl")} | router_losses(at, routed, survey)
+            router |= {} if learnable is None else {"student_feature": learnable}
         return {
             "logit_loss": logit_loss,
             "losses": {name: parts[name] for name in LOGIT_LOSSES if name in losses} | state_losses,
-            "router": {} if self.router is None else self._router_losses(at, routed, survey, parts),
+            "router": router,
             "metrics": self._metrics(at, routed, survey, parts["teacher_loss"]),
         }
 
@@ -161,22 +170,9 @@ class DistillationModel(nn.Module):
 
         Without a router it is the teacher as it is.
         """
-        output, own, mask = at.teacher, at.teacher.experts, at.teacher.anchors.mask
-        if self.router is None:
-            return RoutedBatch(output.residual, output.hidden_states, survey.gap, mask)
-        decision = self.router(
-            own.hidden_states,
-            at.select(at.trunk.last_hidden_state),
-            survey.entropy,
-            survey.gap,
-            own.router_logits,
-            values.top_k,
-            values.router_temperature,
-        )
-        residual, hidden_states = teacher.reroute(output, decision.selected_experts, decision.routing_weights)
-        return RoutedBatch(
-            residual, hidden_states, survey.gap, mask, decision, own.router_logits, own.selected_experts
-        )
+        if self.routing is None:
+            return RoutedBatch(at.teacher.residual, at.teacher.hidden_states, survey.gap, at.teacher.anchors.mask)
+        return self.routing(at, survey, teacher, values)
 
     def route_batch(
         self, batch: dict[str, Tensor], teacher: Teacher, teacher_output: TeacherOutput, values: ScheduledValues
@@ -186,7 +182,8 @@ class DistillationModel(nn.Module):
         at = AnchorBatch.of(batch, trunk, teacher_output)
         survey = self._logit_pass(teacher, batch["input_ids"]).survey(at)
         routed = self.route(at, survey, teacher, values)
-        return replace(routed, logits=teacher.head(routed.hidden_states))
+        logits = teacher.head(routed.hidden_states)
+        return replace(routed, logits=logits if logits.ndim == 2 else mean_belief(logits))
 
     def _logit_pass(self, teacher: Teacher | None, input_ids: Tensor) -> LogitPass:
         head = output_head(self.causal_lm)
@@ -195,16 +192,23 @@ class DistillationModel(nn.Module):
     def _state_losses(
         self, at: AnchorBatch, routed: RoutedBatch, losses: frozenset[str], unlocked_fraction: float
     ) -> dict[str, Tensor]:
-        """Feature, layer-wise and contrastive loss: the student's projected states against the teacher's."""
+        """Feature, layer-wise and contrastive loss: the student's projected states against the teacher's.
+
+        And `student_feature`, if layers are re-routed as targets: how far these are from what the student holds.
+        """
+        result, distances = {}, []
 
         def projected(pairs, projections) -> tuple[list[Tensor], list[Tensor]]:
             students = [
                 project(at.select(at.trunk.layers[student]))
                 for (student, _), project in zip(pairs, projections, strict=True)
             ]
-            return students, [at.teacher_state(teacher, routed) for _, teacher in pairs]
+            for (_, layer), student in zip(pairs, students, strict=True):
+                if layer in at.teacher.experts and layer in routed.layers:
+                    target = (routed.layers[layer], student, at.mask)
+                    distances.append(feature_loss(*target, num_items_in_batch=at.num_anchors))
+            return students, [at.teacher_state(layer, routed) for _, layer in pairs]
 
-        result = {}
         if "feature" in losses:
             students, teachers = projected(self.pairs.feature, self.feature_projections)
             values = [
@@ -226,6 +230,8 @@ class DistillationModel(nn.Module):
             # A batch-level term: its plain mean counts by this micro-batch's share of the anchors.
             share = 1.0 if at.num_anchors is None else len(at.mask) / at.num_anchors
             result["contrastive"] = contrastive_loss(student, routed.residual, at.mask) * share
+        if distances:
+            result["student_feature"] = torch.stack(distances).mean()
         return result
 
     def _attention_loss(self, at: AnchorBatch, attention_mask: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -244,15 +250,6 @@ class DistillationModel(nn.Module):
             )
         return torch.stack(values).mean()
 
-    def _router_losses(
-        self, at: AnchorBatch, routed: RoutedBatch, survey: Survey, parts: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """The parts of the router's objective. The student's side is detached throughout."""
-        routing = routing_losses(
-            routed.router, routed.gate_logits, survey.true_logprobs.exp(), num_items_in_batch=at.num_anchors
-        )
-        return {"ce": parts["ce"], "student_kl": parts["student_kl"]} | routing
-
     @torch.no_grad()
     def _metrics(
         self, at: AnchorBatch, routed: RoutedBatch, survey: Survey, teacher_loss: Tensor
@@ -264,16 +261,5 @@ class DistillationModel(nn.Module):
             "gap_count": same_next.sum().float(),
         }
         if routed.router is not None:
-            probabilities = torch.softmax(routed.router.router_logits, dim=-1)
-            entropy = torch.special.entr(probabilities).sum(dim=-1)
-            changed = routed.router.selected_experts[:, 0] != routed.gate_experts[:, 0]
-            load = torch.zeros_like(probabilities).scatter(
-                -1, routed.router.selected_experts, routed.router.routing_weights
-            )
-            metrics |= {
-                "capacity": token_mean(routed.router.capacity, at.num_anchors),
-                "changed_fraction": token_mean(changed.float(), at.num_anchors),
-                "router_entropy": token_mean(entropy, at.num_anchors),
-            }
-            metrics |= {f"expert_load_{e}": token_mean(load[:, e], at.num_anchors) for e in range(load.shape[-1])}
+            metrics |= routing_metrics(at, routed)
         return metrics

@@ -1,17 +1,22 @@
-"""The experts of a Mixture-of-Experts model: finding them, recording what they did, mixing them as we choose."""
+"""The experts of a Mixture-of-Experts model: finding them, and recording what they did."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill_trainer.errors import UnsupportedModelError
+from distill_trainer.taps import decoder_layers
 
 EXPERT_COUNT_KEY = re.compile(r"(^|_)(num|n)_(local_|routed_)?experts$")
+# How far below its own choice an expert stands that the gate could not choose, in nats.
+BARRED = 1e-3
 
 
 @dataclass
@@ -23,18 +28,44 @@ class ExpertCall:
         router_logits: The gate's scores before its softmax, `(num_tokens, num_experts)`.
         selected_experts: The gate's choice, `(num_tokens, top_k)`.
         routing_weights: The gate's weights of its choice, `(num_tokens, top_k)`.
-        output: Weighted sum of the chosen experts' outputs, `(num_tokens, hidden_size)`.
+        output: Weighted sum of the chosen experts' outputs, `(num_tokens, hidden_size)`; None before they answer.
     """
 
     hidden_states: Tensor
     router_logits: Tensor
     selected_experts: Tensor
     routing_weights: Tensor
-    output: Tensor
+    output: Tensor | None = None
 
     def at(self, tokens: Tensor) -> "ExpertCall":
         """The same call at some tokens only, given by their indices, `(num_selected,)`."""
-        return ExpertCall(*(getattr(self, name)[tokens] for name in self.__dataclass_fields__))
+        values = (getattr(self, name) for name in self.__dataclass_fields__)
+        return ExpertCall(*(None if value is None else value[tokens] for value in values))
+
+    @property
+    def gate_logits(self) -> Tensor:
+        """Logits whose softmax and top-k give the gate's own choice and the ratios of its weights.
+
+        They are the gate's scores where it is a softmax, and their log-sigmoid where it is a sigmoid. Gates that bar
+        experts (by groups, or by a bias that steers the choice alone) have these below what they chose.
+
+        Returns:
+            `(num_tokens, num_experts)`, float32.
+        """
+        scores = self.router_logits.float()
+        own = self.routing_weights.float().clamp(min=torch.finfo(torch.float32).tiny).log()
+
+        def misfit(logits: Tensor) -> Tensor:
+            """How wrong the ratios of the weights of the gate's choice would be."""
+            difference = logits.gather(-1, self.selected_experts) - own
+            return (difference - difference.mean(dim=-1, keepdim=True)).square().sum()
+
+        # Where both fit up to rounding they are the same: a sigmoid of very negative scores is a softmax.
+        is_sigmoid = misfit(scores) > 4 * misfit(F.logsigmoid(scores))
+        logits = torch.where(is_sigmoid, F.logsigmoid(scores), scores)
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, self.selected_experts, True)
+        least = logits.masked_fill(~chosen, torch.inf).amin(dim=-1, keepdim=True)
+        return torch.where(chosen | (logits <= least), logits, least - BARRED)
 
 
 def is_mixture(model: PreTrainedModel) -> bool:
@@ -73,6 +104,15 @@ def expert_blocks(model: PreTrainedModel) -> list[nn.Module]:
     return blocks
 
 
+def expert_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """The block with experts of every layer that has one, by the layer's index; see `expert_blocks`."""
+    blocks = set(expert_blocks(model))
+    if not blocks:
+        return {}
+    layers = enumerate(decoder_layers(model))
+    return {i: module for i, layer in layers for module in layer.modules() if module in blocks}
+
+
 def gate_of(block: nn.Module) -> nn.Module | None:
     """The module that scores the experts of a block."""
     return getattr(block, "gate", None) or getattr(block, "router", None)
@@ -89,47 +129,31 @@ def gate_rows(block: nn.Module) -> Tensor:
 
 
 @contextmanager
-def record_experts(block: nn.Module) -> Iterator[list[ExpertCall]]:
-    """Record every call of a block's experts while the context lasts. The model's own computation is unchanged."""
-    calls: list[ExpertCall] = []
+def watch_experts(block: nn.Module, on_experts: Callable[..., Any], *, before: bool) -> Iterator[list[Tensor]]:
+    """Hook a block's experts, before or after they answer, and keep the scores that its gate gave last."""
     scores: list[Tensor] = []
 
     def on_gate(module, inputs, outputs):
-        scores.append(outputs[0] if isinstance(outputs, tuple) else outputs)
+        scores[:] = [outputs[0] if isinstance(outputs, tuple) else outputs]
 
-    def on_experts(module, inputs, kwargs, output):
-        hidden_states, selected_experts, routing_weights = (*inputs, *kwargs.values())[:3]
-        calls.append(
-            ExpertCall(
-                hidden_states, scores.pop().reshape(len(hidden_states), -1), selected_experts, routing_weights, output
-            )
-        )
-
-    hooks = [
-        gate_of(block).register_forward_hook(on_gate),
-        block.experts.register_forward_hook(on_experts, with_kwargs=True),
-    ]
+    register = block.experts.register_forward_pre_hook if before else block.experts.register_forward_hook
+    hooks = [gate_of(block).register_forward_hook(on_gate), register(on_experts, with_kwargs=True)]
     try:
-        yield calls
+        yield scores
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def mix_experts(block: nn.Module, hidden_states: Tensor, selected_experts: Tensor, routing_weights: Tensor) -> Tensor:
-    """The block's own experts, mixed with our choice and weights.
+@contextmanager
+def record_experts(block: nn.Module) -> Iterator[list[ExpertCall]]:
+    """Record every call of a block's experts while the context lasts. The model's own computation is unchanged."""
+    calls: list[ExpertCall] = []
 
-    With the gate's own choice and weights this repeats the block's computation bit for bit. Gradients reach
-    `routing_weights`; the experts stay frozen if their parameters are.
+    def on_experts(module, inputs, kwargs, output):
+        hidden_states, selected_experts, routing_weights = (*inputs, *kwargs.values())[:3]
+        router_logits = scores[0].reshape(len(hidden_states), -1)
+        calls.append(ExpertCall(hidden_states, router_logits, selected_experts, routing_weights, output))
 
-    Args:
-        block: A block of `expert_blocks`.
-        hidden_states: Input of the block, `(num_tokens, hidden_size)`.
-        selected_experts: Experts to mix, `(num_tokens, top_k)`, any `top_k` from 1 to the number of experts.
-        routing_weights: Weight of each, `(num_tokens, top_k)`, in the type of the gate's own.
-
-    Returns:
-        `(num_tokens, hidden_size)`.
-    """
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        return block.experts(hidden_states, selected_experts, routing_weights)
+    with watch_experts(block, on_experts, before=False) as scores:
+        yield calls

@@ -1,6 +1,7 @@
 """The student-aware router: it re-weights the teacher's experts for what this student can absorb now."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from distill_trainer.losses.reduction import row_dot, token_mean
 
 CAPACITY_HIDDEN_SIZE = 64
 MAX_KEY_SIZE = 128
+# What moves the router away from the teacher's gate.
+ROUTER_PARTS = ("importance", "capacity", "gap")
 GAP_WARMUP_STEPS = 20
 GAP_DECAY = 0.95
 
@@ -46,19 +49,24 @@ class StudentAwareRouter(nn.Module):
     Args:
         gate_rows: The gate's weight, `(num_experts, teacher_hidden_size)`; the keys start from it.
         student_hidden_size: Width of the student's hidden state.
+        parts: Which of `ROUTER_PARTS` the query is made from: `importance` are both hidden states. Without any the
+            router's logits are the gate's.
     """
 
-    def __init__(self, gate_rows: Tensor, student_hidden_size: int):
+    def __init__(self, gate_rows: Tensor, student_hidden_size: int, parts: Collection[str] = ROUTER_PARTS):
         super().__init__()
         teacher_hidden_size = gate_rows.shape[1]
+        sizes = {"importance": teacher_hidden_size + student_hidden_size, "capacity": 1, "gap": 1}
+        self.parts = tuple(part for part in ROUTER_PARTS if part in parts)
         key_size = min(teacher_hidden_size, MAX_KEY_SIZE)
         # A random orthogonal projection keeps the angles between the gate's rows in fewer dimensions.
         projection = torch.empty(teacher_hidden_size, key_size)
         nn.init.orthogonal_(projection)
         keys = F.normalize(gate_rows.float().cpu(), dim=-1) @ projection
         self.keys = nn.Parameter(F.normalize(keys, dim=-1) * math.sqrt(key_size))
-        self.query = nn.Linear(teacher_hidden_size + student_hidden_size + 2, key_size, bias=False)
-        nn.init.zeros_(self.query.weight)
+        self.query = nn.Linear(sum(sizes[part] for part in self.parts), key_size, bias=False) if self.parts else None
+        if self.query is not None:
+            nn.init.zeros_(self.query.weight)
         self.capacity_hidden = nn.Linear(student_hidden_size + 1, CAPACITY_HIDDEN_SIZE)
         self.capacity_output = nn.Linear(CAPACITY_HIDDEN_SIZE, 1)
 
@@ -92,9 +100,15 @@ class StudentAwareRouter(nn.Module):
         capacity = torch.sigmoid(capacity_logits)
 
         # The capacity is fitted to what the student does; the routing reads it and may not bend it.
-        modulation = torch.stack([capacity.detach(), torch.log1p(gap.detach().float())], dim=-1)
-        query = self.query(torch.cat([teacher_state, student_state, modulation], dim=-1))
-        importance = (query @ self.keys.T.to(query.dtype)).float() / math.sqrt(self.keys.shape[-1])
+        inputs = {
+            "importance": torch.cat([teacher_state, student_state], dim=-1),
+            "capacity": capacity.detach().unsqueeze(-1),
+            "gap": torch.log1p(gap.detach().float()).unsqueeze(-1),
+        }
+        importance = torch.zeros_like(gate_logits, dtype=torch.float32)
+        if self.query is not None:
+            query = self.query(torch.cat([inputs[part] for part in self.parts], dim=-1))
+            importance = (query @ self.keys.T.to(query.dtype)).float() / math.sqrt(self.keys.shape[-1])
         router_logits = gate_logits.detach().float() + importance
         routing_weights, selected_experts = select_experts(router_logits, top_k, temperature)
         return RouterOutput(router_logits, routing_weights, selected_experts, capacity, importance, capacity_logits)
@@ -115,15 +129,38 @@ def select_experts(router_logits: Tensor, top_k: int, temperature: float) -> tup
     return chosen / total, selected_experts
 
 
-def routing_objective(parts: dict[str, Tensor], *, anchor_weight: float, balance_weight: float) -> Tensor:
+def sample_experts(router_logits: Tensor, top_k: int, temperature: float, num_samples: int) -> tuple[Tensor, Tensor]:
+    """Several choices of experts, each drawn without replacement by the probabilities of the softmax.
+
+    Knowledge augmentation of MoE teachers (https://huggingface.co/papers/2502.12947, section 3.2) averages what the
+    teacher says over such choices.
+
+    Returns:
+        Routing weights, which sum to 1 in each choice, and expert indices, each `(num_anchors, num_samples, top_k)`.
+    """
+    logprobs = F.log_softmax(router_logits / temperature, dim=-1).unsqueeze(1).expand(-1, num_samples, -1)
+    # The largest of log-probabilities plus Gumbel noise are a sample without replacement.
+    noise = -torch.empty_like(logprobs).exponential_().log()
+    selected_experts = (logprobs.detach() + noise).topk(top_k, dim=-1).indices
+    chosen = logprobs.gather(-1, selected_experts).exp()
+    total = chosen.detach() if top_k == 1 else chosen.sum(dim=-1, keepdim=True)
+    return chosen / total, selected_experts
+
+
+def routing_objective(
+    parts: dict[str, Tensor], *, student_weight: float, anchor_weight: float, balance_weight: float
+) -> Tensor:
     """What the router's parameters minimise beside `ce` and `student_kl`; none of it reaches the student.
 
     Args:
-        parts: `anchor_kl`, `balance` and `capacity_bce`, see `routing_losses`. Scalars.
+        parts: `anchor_kl`, `balance` and `capacity_bce`, see `routing_losses`, and `student_feature` if layers are
+            re-routed as targets. Scalars.
+        student_weight: Weight of `student_feature`: be near what the student holds.
         anchor_weight: Weight of `anchor_kl`: stay near the teacher's gate.
         balance_weight: Weight of `balance`: use all experts.
     """
-    return anchor_weight * parts["anchor_kl"] + balance_weight * parts["balance"] + parts["capacity_bce"]
+    learnable = student_weight * parts["student_feature"] if "student_feature" in parts else 0.0
+    return anchor_weight * parts["anchor_kl"] + balance_weight * parts["balance"] + parts["capacity_bce"] + learnable
 
 
 def routing_losses(

@@ -21,6 +21,7 @@ class ScheduledValues:
         top_k: Experts that the router selects per anchor.
         loss_weights: Weight of each loss of `LOSS_NAMES` in the current phase; 0 skips a loss.
         unlocked_fraction: Share of the mapped layers, from the bottom, that the layer-wise loss uses.
+        router_learns: Whether the router gets a gradient in this step.
     """
 
     temperature: float = 1.0
@@ -28,6 +29,7 @@ class ScheduledValues:
     top_k: int = 1
     loss_weights: dict[str, float] = field(default_factory=dict)
     unlocked_fraction: float = 1.0
+    router_learns: bool = True
 
 
 def linear(start: float, end: float, progress: float) -> float:

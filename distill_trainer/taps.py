@@ -1,8 +1,8 @@
 """Reading a causal language model from inside: residual streams, attention inputs and head, on chosen layers only."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -11,12 +11,10 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from distill_trainer.errors import ConfigurationError, UnsupportedModelError
+from distill_trainer.errors import UnsupportedModelError
 from distill_trainer.losses.heads import Head
 
 ATTENTION_WITH_TAP = "sdpa_with_tap"
-# Pairs of layers that a uniform map gives the layer-wise loss.
-LAYERWISE_PAIRS = 4
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "ln_f")
 
 
@@ -174,75 +172,3 @@ def _tapped(
             del module.attention_tap
         for hook in hooks:
             hook.remove()
-
-
-def uniform_layer_map(num_student_layers: int, num_teacher_layers: int) -> list[int]:
-    """For every student layer the teacher layer at the same relative depth; the last maps to the last."""
-    return [
-        max(round((layer + 1) * num_teacher_layers / num_student_layers) - 1, 0) for layer in range(num_student_layers)
-    ]
-
-
-@dataclass(frozen=True)
-class LayerPairs:
-    """Layers of student and teacher that are compared, as `(student, teacher)` indices from the bottom up."""
-
-    feature: tuple[tuple[int, int], ...] = ()
-    layerwise: tuple[tuple[int, int], ...] = ()
-    attention: tuple[tuple[int, int], ...] = ()
-
-    @classmethod
-    def plan(
-        cls,
-        num_student_layers: int,
-        num_teacher_layers: int,
-        *,
-        layer_map: str | list[str],
-        feature_layers: list[int] | None,
-        attention_layers: list[int] | None,
-    ) -> "LayerPairs":
-        """Pairs from the user's choice of teacher layers.
-
-        Args:
-            num_student_layers: Layers of the student.
-            num_teacher_layers: Layers of the teacher.
-            layer_map: `uniform` pairs layers of the same relative depth, or a list of `student:teacher` indices.
-                The layer-wise loss uses the whole list, or `LAYERWISE_PAIRS` evenly spaced pairs.
-            feature_layers: Teacher layers of the feature loss. None is the last.
-            attention_layers: Teacher layers of the attention loss. None is the last.
-
-        Raises:
-            ConfigurationError: If a layer does not exist.
-        """
-        if layer_map == "uniform":
-            mapped = list(enumerate(uniform_layer_map(num_student_layers, num_teacher_layers)))
-            count = min(LAYERWISE_PAIRS, num_student_layers)
-            layerwise = [mapped[(i + 1) * num_student_layers // count - 1] for i in range(count)]
-        else:
-            split = [pair.split(":") for pair in layer_map]
-            mapped = layerwise = sorted((int(student), int(teacher)) for student, teacher in split)
-
-        def checked(name: str, pairs: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-            for student, teacher in pairs:
-                if not (0 <= student < num_student_layers and 0 <= teacher < num_teacher_layers):
-                    raise ConfigurationError(
-                        f"{name} must name layers below {num_student_layers} of the student and below "
-                        f"{num_teacher_layers} of the teacher, got {student}:{teacher}."
-                    )
-            return tuple(pairs)
-
-        def nearest(layers: list[int] | None) -> list[tuple[int, int]]:
-            chosen = [num_teacher_layers - 1] if layers is None else sorted(layers)
-            # The highest student layer among those mapped to the nearest teacher layer.
-            return [(min(reversed(mapped), key=lambda pair: abs(pair[1] - layer))[0], layer) for layer in chosen]
-
-        return cls(
-            # First, because the others are chosen from the map.
-            layerwise=checked("layer_map", layerwise),
-            feature=checked("feature_layers", nearest(feature_layers)),
-            attention=checked("attention_layers", nearest(attention_layers)),
-        )
-
-    def used_by(self, weights: Mapping[str, float]) -> "LayerPairs":
-        """The pairs of the losses whose weight is above 0."""
-        return LayerPairs(**{f.name: getattr(self, f.name) if weights[f.name] > 0 else () for f in fields(self)})

@@ -1,7 +1,9 @@
 """The frozen teacher: what it believes and holds at anchors, with its own gate or with the student-aware router's."""
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,11 +13,17 @@ from transformers.utils import logging
 from distill_trainer.alignment import VocabularyProjection
 from distill_trainer.anchors import Anchors, Spans
 from distill_trainer.errors import UnsupportedModelError
+from distill_trainer.layer_plan import RoutedLayers
 from distill_trainer.losses.attention import attention_rows, pool_spans
-from distill_trainer.moe import ExpertCall, expert_blocks, mix_experts, record_experts
+from distill_trainer.mixing import like_the_gate, mix_experts, reroute_experts
+from distill_trainer.moe import ExpertCall, expert_layers, gate_rows, record_experts
+from distill_trainer.replay import LayerCall, record_calls, replay
 from distill_trainer.taps import decoder_layers, final_norm, output_head, run_trunk
 
 logger = logging.get_logger(__name__)
+
+# A layer and what its gate decided at the anchors -> experts and weights (sum 1), each `(num_anchors, top_k)`.
+LayerChoice = Callable[[int, ExpertCall], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -30,9 +38,11 @@ class TeacherOutput:
         layers: Residual stream after each tapped layer, `(num_anchors, hidden_size)`.
         attentions: Attention over the spans between anchors of each tapped layer, mean of its heads,
             `(batch_size, 1, num_anchors, num_anchors)`.
-        experts: What the last layer's experts did, None for a dense teacher.
+        experts: What the experts did of the layers that are re-routed in place, by layer.
         spans: The tokens between the anchors.
         inner_states: Input of the head at the inner tokens of the spans, `(num_inner, hidden_size)`.
+        calls: How the layers were called that run again to be re-routed, by layer.
+        sequence_length: Tokens in a row of the batch.
     """
 
     anchors: Anchors
@@ -41,9 +51,32 @@ class TeacherOutput:
     hidden_states: Tensor
     layers: dict[int, Tensor]
     attentions: dict[int, Tensor]
-    experts: ExpertCall | None
+    experts: dict[int, ExpertCall]
     spans: Spans
     inner_states: Tensor
+    calls: dict[int, LayerCall]
+    sequence_length: int
+
+    @property
+    def tokens(self) -> Tensor:
+        """Indices of the anchors among the batch's tokens, `(num_anchors,)`."""
+        return self.anchors.rows * self.sequence_length + self.anchors.teacher_positions
+
+
+@dataclass
+class ReroutedTeacher:
+    """What the teacher would hold at anchors with another choice of experts.
+
+    Attributes:
+        residual: Residual stream after the last layer, `(num_anchors, hidden_size)`, or
+            `(num_anchors, num_samples, hidden_size)` for several choices per anchor.
+        hidden_states: Input of the head, same shape.
+        layers: Residual stream after re-routed layers below the last, `(num_anchors, hidden_size)`, by layer.
+    """
+
+    residual: Tensor
+    hidden_states: Tensor
+    layers: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Teacher:
@@ -52,32 +85,48 @@ class Teacher:
     Args:
         model: Any causal language model of transformers. Frozen and set to evaluation in place.
         projection: Maps its vocabulary to the student's.
-        use_router: Find the experts of the last layer, so that `reroute` can be called.
+        use_router: Find the experts, so that `reroute` can be called.
+        router_layers: Which layers `reroute` changes, see `RoutedLayers.plan`.
+        checkpointing: Keep no activations of layers that run again, see `replay`.
 
     Raises:
-        UnsupportedModelError: If it is a mixture whose last layer cannot be re-routed, or its logits overflow.
+        UnsupportedModelError: If it is a mixture that cannot be re-routed, or its logits overflow.
+        ConfigurationError: If `router_layers` does not fit its layers.
     """
 
-    def __init__(self, model: PreTrainedModel, projection: VocabularyProjection, *, use_router: bool = True):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        projection: VocabularyProjection,
+        *,
+        use_router: bool = True,
+        router_layers: str | list[str] = "last",
+        checkpointing: bool = False,
+    ):
         self.model = model.eval().requires_grad_(False)
         self.projection = projection
         self.head = output_head(model, autocast=False)
         self.last_layer = model.config.num_hidden_layers - 1
-        blocks = expert_blocks(model) if use_router else []
-        self.block = blocks[-1] if blocks else None
-        if self.block is not None and not any(self.block is module for module in decoder_layers(model)[-1].modules()):
-            raise UnsupportedModelError(
-                f"The last layer of the teacher {type(model).__name__} has no experts. Set use_router to false to "
-                "distil from its own gate."
-            )
-        if use_router and self.block is None:
+        self.blocks = expert_layers(model) if use_router else {}
+        self.routed = RoutedLayers.plan(router_layers, list(self.blocks)) if self.blocks else RoutedLayers()
+        self.checkpointing = checkpointing
+        # Experts of the last layer alone are mixed in place: nothing above them but the norm has to run again.
+        in_place = self.routed.depth in ((), (self.last_layer,))
+        first = self.last_layer + 1 if in_place else self.routed.depth[0]
+        self.replayed = {i: layer for i, layer in enumerate(decoder_layers(model)) if i >= first}
+        # Some families scale what a block adds to the residual stream.
+        self.residual_multiplier = getattr(model.config, "residual_multiplier", None) or 1.0
+        if use_router and not self.blocks:
             logger.warning(f"The teacher {type(model).__name__} is dense: it teaches without a router.")
 
     @property
     def num_experts(self) -> int:
-        """Experts of the last layer, 0 for a dense teacher or without a router."""
-        count: Any = 0 if self.block is None else self.block.experts.num_experts
-        return count
+        """Experts of the last layer that has some, 0 for a dense teacher or without a router."""
+        return len(self.gate_rows()[self.routed.depth[-1]]) if self.routed.depth else 0
+
+    def gate_rows(self) -> dict[int, Tensor]:
+        """Weight of the gate of every re-routed layer, `(num_experts, hidden_size)`, by layer."""
+        return {layer: gate_rows(self.blocks[layer]) for layer in self.routed.all}
 
     @torch.no_grad()
     def __call__(
@@ -99,15 +148,14 @@ class Teacher:
         input_ids, attention_mask = batch["teacher_input_ids"], batch["teacher_attention_mask"]
         at = (anchors.rows, anchors.teacher_positions)
         tapped = tuple(sorted({*layers, self.last_layer}))
-        if self.block is None:
+        in_place = [layer for layer in self.routed.targets if layer in layers]
+        if not self.replayed:
+            in_place += self.routed.depth
+        with ExitStack() as stack:
+            recorded = {layer: stack.enter_context(record_experts(self.blocks[layer])) for layer in in_place}
+            calls = stack.enter_context(record_calls(self.replayed))
             trunk = run_trunk(self.model, input_ids, attention_mask, layers=tapped, attention_layers=attention_layers)
-            experts = None
-        else:
-            with record_experts(self.block) as calls:
-                trunk = run_trunk(
-                    self.model, input_ids, attention_mask, layers=tapped, attention_layers=attention_layers
-                )
-            experts = calls[0].at(anchors.rows * input_ids.shape[1] + anchors.teacher_positions)
+        tokens = anchors.rows * input_ids.shape[1] + anchors.teacher_positions
         attentions = {
             layer: pool_spans(
                 attention_rows(
@@ -126,38 +174,56 @@ class Teacher:
             hidden_states=trunk.last_hidden_state[at],
             layers={layer: trunk.layers[layer][at] for layer in layers},
             attentions=attentions,
-            experts=experts,
+            experts={layer: experts[0].at(tokens) for layer, experts in recorded.items()},
             spans=spans,
             inner_states=trunk.last_hidden_state[spans.teacher_rows, spans.teacher_positions],
+            calls=calls,
+            sequence_length=input_ids.shape[1],
         )
 
-    def reroute(
-        self, output: TeacherOutput, selected_experts: Tensor, routing_weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The student-aware teacher: what it would hold and say if its last experts were mixed like this.
+    def reroute(self, output: TeacherOutput, choose: LayerChoice) -> ReroutedTeacher:
+        """The student-aware teacher: what it would hold and say if its experts were mixed as `choose` says.
 
-        The mixture takes the place of the experts' own output in the residual stream, then the final norm follows.
-        Gradients reach `routing_weights` only. The weights are scaled by the sum of the gate's own, so that families
-        whose gates do not sum to 1 keep the size of their experts' output.
+        Where only the last layer is re-routed, the mixture takes the place of the experts' own output in the residual
+        stream, then the final norm follows. Otherwise the layers from the first re-routed one run again. Gradients
+        reach the routing weights only.
 
         Args:
             output: Of a call with the same text.
-            selected_experts: `(num_anchors, top_k)`.
-            routing_weights: Sum 1, `(num_anchors, top_k)`.
-
-        Returns:
-            Residual stream and input of the head, each `(num_anchors, hidden_size)`.
+            choose: Gets a layer and what its gate decided at the anchors, and gives the experts and weights (sum 1) to
+                use there, each `(num_anchors, top_k)`. Several mixtures per anchor, `(num_anchors, num_samples,
+                top_k)`, are possible where only the last layer is re-routed.
         """
-        own = output.experts
-        scale = own.routing_weights.float().sum(dim=-1, keepdim=True)
-        # A gate that renormalises gives a sum of 1 up to rounding, which must not change our weights by a bit.
-        rounding = own.routing_weights.shape[-1] * torch.finfo(own.routing_weights.dtype).eps
-        scale = torch.where((scale - 1).abs() <= rounding, 1.0, scale)
-        weights = (routing_weights * scale).to(own.routing_weights.dtype)
-        mixture = mix_experts(self.block, own.hidden_states, selected_experts, weights)
-        with torch.autocast(mixture.device.type, enabled=False):
-            residual = output.residual + (mixture - own.output)
-            return residual, final_norm(self.model)(residual)
+        layers = {i: self._in_place(output, i, choose) for i in output.experts if i not in self.routed.depth}
+        with torch.autocast(self.model.device.type, enabled=False):
+            if self.replayed:
+                layers |= self._again(output, choose)
+                residual = layers.pop(self.last_layer)
+            else:
+                residual = self._in_place(output, self.last_layer, choose)
+            return ReroutedTeacher(residual, final_norm(self.model)(residual), layers)
+
+    def _in_place(self, output: TeacherOutput, layer: int, choose: LayerChoice) -> Tensor:
+        """Residual stream after a layer with another mixture in the place of its experts' own output."""
+        own = output.experts[layer]
+        mixture = mix_experts(self.blocks[layer], own.hidden_states, *like_the_gate(own, *choose(layer, own)))
+        residual = output.residual if layer == self.last_layer else output.layers[layer]
+        if mixture.ndim == 3:
+            residual, before = residual.unsqueeze(1), own.output.unsqueeze(1)
+        else:
+            before = own.output
+        return residual + (mixture - before) * self.residual_multiplier
+
+    def _again(self, output: TeacherOutput, choose: LayerChoice) -> dict[int, Tensor]:
+        """Residual stream at the anchors after each layer of a second run with re-routed experts."""
+
+        def changed(layer: int) -> AbstractContextManager:
+            if layer not in self.routed.depth:
+                return nullcontext()
+            return reroute_experts(self.blocks[layer], output.tokens, partial(choose, layer))
+
+        residuals = replay(self.replayed, output.calls, changed, checkpointing=self.checkpointing)
+        return {layer: residual.flatten(0, 1)[output.tokens] for layer, residual in residuals.items()}
 
     @torch.no_grad()
     def verify(self) -> None:
@@ -185,28 +251,22 @@ class Teacher:
                 f"The teacher's logits overflow in {self.model.dtype}. Set teacher_dtype to bfloat16 or float32."
             )
         self._check("head", self.head(output.hidden_states), expected)
-        if self.block is not None:
+        if self.routed.depth:
             self._verify_reroute(input_ids, output)
 
     def _verify_reroute(self, input_ids: Tensor, output: TeacherOutput) -> None:
-        """Compare `reroute` with the model run while another expert is forced on its last block."""
-        own = output.experts
-        forced = ((own.selected_experts + 1) % self.num_experts)[:, :1]
-        scale = own.routing_weights.sum(dim=-1, keepdim=True)
+        """Compare `reroute` with the model run while other experts are forced on its blocks."""
 
-        def force(module, arguments):
-            hidden_states, selected_experts, _ = arguments
-            others = ((selected_experts + 1) % self.num_experts)[:, :1]
-            weights = torch.zeros_like(others, dtype=scale.dtype)
-            weights[: len(scale)] = scale
-            return hidden_states, others, weights
+        def another(own: ExpertCall) -> tuple[Tensor, Tensor]:
+            chosen = ((own.selected_experts + 1) % own.router_logits.shape[-1])[:, :1]
+            return chosen, torch.ones_like(chosen, dtype=torch.float32)
 
-        hook = self.block.experts.register_forward_pre_hook(force)
-        try:
+        with ExitStack() as stack:
+            for layer in self.routed.depth:
+                stack.enter_context(reroute_experts(self.blocks[layer], output.tokens, another))
             expected = self.model(input_ids=input_ids, use_cache=False).logits[0, :-1]
-        finally:
-            hook.remove()
-        self._check("re-routing", self.head(self.reroute(output, forced, torch.ones_like(scale))[1]), expected)
+        rerouted = self.reroute(output, lambda layer, own: another(own))
+        self._check("re-routing", self.head(rerouted.hidden_states), expected)
 
     def _check(self, what: str, found: Tensor, expected: Tensor) -> None:
         tolerance = {torch.float32: 1e-3, torch.float16: 1e-2}.get(expected.dtype, 6e-2)

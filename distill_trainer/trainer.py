@@ -1,6 +1,5 @@
 """`DistillationTrainer`: a Hugging Face `Trainer` whose loss teaches a student from a Mixture-of-Experts teacher."""
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +9,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from distill_trainer.alignment import VocabularyProjection
 from distill_trainer.anchors import IGNORE_INDEX, Anchors
 from distill_trainer.arguments import DistillationArguments
+from distill_trainer.assembly import build_model, build_teacher
 from distill_trainer.callbacks import training_schedules
 from distill_trainer.checkpoint import load_modules, save_modules
 from distill_trainer.data import DistillationCollator, prepare_dataset
 from distill_trainer.errors import ConfigurationError
 from distill_trainer.hub import push_student
-from distill_trainer.loading import resolve, with_adapters
-from distill_trainer.logit_loss import LogitSettings
+from distill_trainer.loading import resolve
 from distill_trainer.modeling import STUDENT_PREFIX, DistillationModel, RoutedBatch
-from distill_trainer.moe import gate_rows
 from distill_trainer.router import routing_objective
 from distill_trainer.schedules import LOGIT_LOSSES, ScheduledValues, effective_logit_weights
 from distill_trainer.scoring import bits_per_byte_metrics, scored_labels
 from distill_trainer.step_record import StepCallback, StepRecord
-from distill_trainer.taps import LayerPairs
 from distill_trainer.teacher import Teacher
 
 logger = logging.get_logger(__name__)
@@ -83,15 +79,16 @@ class DistillationTrainer(Trainer):
         )
         self.student_tokenizer, self.teacher_tokenizer = processing_class, teacher_processing_class
         self.data_statistics: dict[str, dict] = {}
-        self.teacher = None
+        self.teacher: Teacher | None = None
         if args.has_teacher_losses():
             if teacher_model is None:
                 raise ConfigurationError("teacher_model must be given unless lm_weight is the only weight above 0.")
-            self.teacher = self._build_teacher(teacher_model, student, args)
+            tokenizers = teacher_processing_class, processing_class
+            self.teacher = build_teacher(teacher_model, student, *tokenizers, args)
         train_dataset = self._prepared(train_dataset, "train", args)
         eval_dataset = self._prepared(eval_dataset, "eval", args)
         super().__init__(
-            model=self._build_model(student, args),
+            model=build_model(student, self.teacher, args),
             args=args,
             data_collator=DistillationCollator(processing_class, teacher_processing_class),
             train_dataset=train_dataset,
@@ -114,49 +111,6 @@ class DistillationTrainer(Trainer):
         return self.distillation_model.student
 
     # Setting up
-
-    def _build_teacher(self, model: PreTrainedModel, student: PreTrainedModel, args: DistillationArguments) -> Teacher:
-        projection = VocabularyProjection.from_tokenizers(
-            self.teacher_tokenizer,
-            self.student_tokenizer,
-            model.get_output_embeddings().weight.shape[0],
-            student.get_output_embeddings().weight.shape[0],
-        )
-        teacher = Teacher(model.to(args.device), projection.to(args.device), use_router=args.use_router)
-        teacher.verify()
-        limit = teacher.num_experts
-        if limit and max(args.initial_top_k, args.final_top_k) > limit:
-            logger.warning(f"top_k is cut to {limit}, the number of the teacher's experts.")
-        return teacher
-
-    def _build_model(self, student: PreTrainedModel, args: DistillationArguments) -> DistillationModel:
-        pairs, rows, width = LayerPairs(), None, 0
-        if self.teacher is not None:
-            pairs = LayerPairs.plan(
-                student.config.num_hidden_layers,
-                self.teacher.model.config.num_hidden_layers,
-                layer_map=args.layer_map,
-                feature_layers=args.feature_layers,
-                attention_layers=args.attention_layers,
-            ).used_by(args.loss_weights())
-            rows = gate_rows(self.teacher.block) if self.teacher.num_experts else None
-            width = self.teacher.model.config.hidden_size
-        if args.use_peft:
-            student = with_adapters(
-                student,
-                r=args.lora_r,
-                alpha=args.lora_alpha,
-                dropout=args.lora_dropout,
-                target_modules=args.lora_target_modules,
-            )
-        return DistillationModel(
-            student,
-            gate_rows=rows,
-            teacher_hidden_size=width,
-            pairs=pairs,
-            contrastive=args.contrastive_weight > 0,
-            logits=LogitSettings(**{field.name: getattr(args, field.name) for field in fields(LogitSettings)}),
-        )
 
     def _prepared(self, dataset, name: str, args: DistillationArguments):
         """The dataset with token and anchor columns, made from its text if it has only that."""
@@ -181,6 +135,8 @@ class DistillationTrainer(Trainer):
             router_temperature=(args.router_temperature, args.final_router_temperature),
             weights=args.loss_weights(),
             phase_boundaries=args.phase_boundaries,
+            router_interval=args.router_interval,
+            router_until=args.router_until,
         )
         steps = StepCallback(self.record, self.distillation_model.gap, max_nonfinite_steps=args.max_nonfinite_steps)
         for callback in (*schedules, steps):
@@ -229,7 +185,10 @@ class DistillationTrainer(Trainer):
         loss = outputs["logit_loss"] + sum(others)
         if outputs["router"]:
             loss = loss + routing_objective(
-                outputs["router"], anchor_weight=args.router_anchor_weight, balance_weight=args.router_balance_weight
+                outputs["router"],
+                student_weight=args.router_student_weight,
+                anchor_weight=args.router_anchor_weight,
+                balance_weight=args.router_balance_weight,
             )
         if self.is_in_train:
             self.record.add(outputs)

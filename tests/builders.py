@@ -8,6 +8,14 @@ import torch
 from datasets import Dataset
 from transformers import (
     AutoTokenizer,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -26,11 +34,11 @@ from distill_trainer.alignment import VocabularyProjection
 from distill_trainer.anchors import Anchors
 from distill_trainer.arguments import DistillationArguments
 from distill_trainer.data import DistillationCollator, prepare_dataset
+from distill_trainer.layer_plan import LayerPairs
 from distill_trainer.logit_loss import LogitSettings
 from distill_trainer.modeling import DistillationModel
-from distill_trainer.moe import gate_rows
+from distill_trainer.routing import Routing
 from distill_trainer.schedules import LOSS_NAMES, ScheduledValues
-from distill_trainer.taps import LayerPairs
 from distill_trainer.teacher import Teacher
 from distill_trainer.trainer import DistillationTrainer
 
@@ -58,6 +66,20 @@ SHAPE = {
     "bos_token_id": None,
     "eos_token_id": 0,
     "num_experts_per_tok": 2,
+}
+LATENT_ATTENTION = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 12,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
 }
 FAMILIES = {
     "qwen3_moe": (
@@ -88,6 +110,36 @@ FAMILIES = {
         OlmoeConfig,
         {"intermediate_size": 32, "num_experts": 4, "norm_topk_prob": False},
     ),
+    "deepseek_v2": (
+        DeepseekV2ForCausalLM,
+        DeepseekV2Config,
+        LATENT_ATTENTION | {"n_group": None, "topk_group": None, "topk_method": "greedy"},
+    ),
+    # Chooses by sigmoids plus a bias, among the experts of the better groups; weighs by the sigmoids alone.
+    "deepseek_v3": (DeepseekV3ForCausalLM, DeepseekV3Config, LATENT_ATTENTION | {"n_group": 2, "topk_group": 1}),
+    "gpt_oss": (
+        GptOssForCausalLM,
+        GptOssConfig,
+        {
+            "head_dim": 16,
+            "intermediate_size": 32,
+            "num_local_experts": 4,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "sliding_window": 8,
+        },
+    ),
+    "granitemoe": (
+        GraniteMoeForCausalLM,
+        GraniteMoeConfig,
+        {
+            "intermediate_size": 32,
+            "num_local_experts": 4,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 3.0,
+            "embedding_multiplier": 2.0,
+            "attention_multiplier": 0.3,
+        },
+    ),
 }
 
 
@@ -111,7 +163,12 @@ def tiny_moe(family: str = "qwen3_moe", seed: int = 1, **changes) -> PreTrainedM
     """A mixture of 4 experts, 2 per token, with the teacher's vocabulary."""
     model_class, config_class, own = FAMILIES[family]
     torch.manual_seed(seed)
-    return model_class(config_class(**(SHAPE | own | changes))).eval()
+    model = model_class(config_class(**(SHAPE | own | changes))).eval()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        # Biases that start at zero would hide what they do.
+        if name.endswith(("correction_bias", "router.bias", "proj_bias")):
+            torch.nn.init.normal_(tensor, std=0.1)
+    return model
 
 
 @functools.cache
@@ -176,19 +233,25 @@ def distillation_model(teacher, student=None, seed=5, **changes):
         attention_layers=None,
     )
     torch.manual_seed(seed)
-    rows = gate_rows(teacher.block) if teacher.num_experts else None
+    routing = Routing(teacher.gate_rows(), student.config.hidden_size) if teacher.num_experts else None
     model = DistillationModel(
         student,
-        gate_rows=rows,
+        routing=routing,
         teacher_hidden_size=config.hidden_size,
         pairs=pairs,
         contrastive=True,
         logits=LogitSettings(**changes),
     )
-    if model.router is not None:
+    if routing is not None:
         # Away from the teacher's own gate, so that re-routing changes something.
-        torch.nn.init.normal_(model.router.query.weight, std=0.3)
+        for router in routing.routers.values():
+            torch.nn.init.normal_(router.query.weight, std=0.3)
     return model
+
+
+def last_router(model):
+    """The router of the highest re-routed layer."""
+    return list(model.routing.routers.values())[-1]
 
 
 def weights_of(losses):

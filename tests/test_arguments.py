@@ -78,6 +78,14 @@ ACCEPTED = [
     ("layer_map", "uniform", "layer_map", "uniform"),
     ("eval_strategy", "no", "eval_strategy", "no"),
     ("use_router", "no", "use_router", False),
+    ("router_layers", "all", "router_layers", "all"),
+    ("router_layers", "last:3", "router_layers", "last:3"),
+    ("router_layers", ["1", "2"], "router_layers", ["1", "2"]),
+    ("router_layers", "2", "router_layers", ["2"]),
+    ("router_parts", ["gap", "capacity"], "router_parts", ["gap", "capacity"]),
+    ("expert_sampling", "4", "expert_sampling", 4),
+    ("router_interval", "4", "router_interval", 4),
+    ("router_until", "0.25", "router_until", 0.25),
 ]
 
 
@@ -173,6 +181,16 @@ def test_the_project_name_reaches_weights_and_biases():
         ("--feature_layers -1", "feature_layers", "[-1]"),
         ("--attention_layers 2 2", "attention_layers", "[2, 2]"),
         ("--layer_map 3", "layer_map", "['3']"),
+        ("--router_layers first", "router_layers", "first"),
+        ("--router_layers last:0", "router_layers", "last:0"),
+        ("--router_layers 1 last", "router_layers", "['1', 'last']"),
+        ("--router_layers -1", "router_layers", "-1"),
+        ("--router_parts importance luck", "router_parts", "luck"),
+        ("--expert_sampling -1", "expert_sampling", "-1"),
+        ("--expert_sampling 2 --router_layers all", "expert_sampling", "2"),
+        ("--router_interval 0", "router_interval", "0"),
+        ("--router_until 0", "router_until", "0.0"),
+        ("--router_until 1.5", "router_until", "1.5"),
         ("--layer_map uniform 1:2", "layer_map", "['uniform', '1:2']"),
         ("--max_length 1", "max_length", "1"),
         ("--max_nonfinite_steps 0", "max_nonfinite_steps", "0"),
@@ -269,8 +287,8 @@ def test_an_unknown_name_is_an_error_that_names_the_nearest(wrong, nearest):
 
 @pytest.mark.parametrize(
     "name",
-    "loss_balancing expert_sampling teacher_cache on_policy_fraction "
-    "router_layers teacher_quantization teacher_device data_curriculum config no_use_router".split(),
+    "loss_balancing teacher_cache on_policy_fraction teacher_quantization "
+    "teacher_device data_curriculum config no_use_router".split(),
 )
 def test_names_that_mean_nothing_in_a_file_are_unknown(name):
     assert f"{name} is not a known setting" in message([write("run.yaml", f"{name}: 1")])

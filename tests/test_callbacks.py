@@ -3,6 +3,7 @@ from transformers import TrainerState
 
 from distill_trainer.callbacks import (
     LossWeightScheduleCallback,
+    RouterLearningCallback,
     TemperatureScheduleCallback,
     TopKScheduleCallback,
 )
@@ -83,3 +84,17 @@ def test_a_warmup_ratio_out_of_range_is_refused(callback, ratio):
 def test_an_unknown_temperature_is_refused():
     with pytest.raises(ConfigurationError, match="got temprature"):
         TemperatureScheduleCallback(ScheduledValues(), start=1, end=4, warmup_ratio=1, attribute="temprature")
+
+
+@pytest.mark.parametrize(
+    ("interval", "until", "expected"),
+    [(1, 1.0, list(range(12))), (4, 1.0, [0, 4, 8]), (1, 0.5, [0, 1, 2, 3, 4, 5]), (4, 0.5, [0, 4])],
+)
+def test_the_router_learns_in_these_steps(interval, until, expected):
+    values = ScheduledValues()
+    callback = RouterLearningCallback(values, interval=interval, until=until)
+    learned = []
+    for step in range(12):
+        callback.on_step_begin(None, TrainerState(global_step=step, max_steps=12), None)
+        learned += [step] * values.router_learns
+    assert learned == expected

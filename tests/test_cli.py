@@ -373,7 +373,7 @@ def test_the_output_folder_is_a_plain_student_that_trained(reported_run, documen
     assert not equal({name: value.float() for name, value in before.items()}, after)
     assert not equal(after, alone)
     router = load_file(output / "distillation_modules.safetensors")
-    assert router["router.query.weight"].abs().max() > 0
+    assert router["routing.routers.3.query.weight"].abs().max() > 0
 
 
 def test_a_config_file_and_flags_apply_together(reported_run):

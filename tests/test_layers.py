@@ -9,12 +9,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "distill_trainer"
 LAYERS = [
     {"errors", "schedules", "losses"},
-    {"arguments", "parsing", "validation", "tokens", "alignment", "router", "moe", "taps"},
     {
-        *("anchors", "teacher", "aligned", "logit_loss", "logit_pass", "modeling"),
+        *("arguments", "input_arguments", "parsing", "validation", "tokens", "alignment"),
+        *("router", "moe", "mixing", "taps", "replay", "layer_plan"),
+    },
+    {
+        *("anchors", "teacher", "aligned", "logit_loss", "logit_pass", "routing", "modeling"),
         *("data", "documents", "loading", "scoring"),
     },
-    {"callbacks", "checkpoint", "hub", "step_record", "trainer", "teacher_cache"},
+    {"assembly", "callbacks", "checkpoint", "hub", "step_record", "trainer", "teacher_cache"},
     {"evaluation", "report", "export", "demo"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -11,6 +11,7 @@ from builders import (
     STUDENT_ROWS,
     collated,
     distillation_model,
+    last_router,
     projection,
     run,
     scheduled,
@@ -33,7 +34,8 @@ BATCH_LEVEL = {"contrastive", "balance"}
 
 def objective(result):
     """The router's whole objective, of a result without `kl` and `lm`."""
-    return result["logit_loss"] + routing_objective(result["router"], anchor_weight=0.1, balance_weight=0.01)
+    weights = {"student_weight": 0.1, "anchor_weight": 0.1, "balance_weight": 0.01}
+    return result["logit_loss"] + routing_objective(result["router"], **weights)
 
 
 def weighed(result):
@@ -81,7 +83,7 @@ def test_the_routers_objective_moves_the_router_alone():
     model = distillation_model(teacher)
     objective(run(model, teacher, collated(), NO_LOSSES)).backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    assert moved == {name for name, _ in model.named_parameters() if name.startswith("router.")}
+    assert moved == {name for name, _ in model.named_parameters() if name.startswith("routing.")}
     assert all(p.grad is None for p in teacher.model.parameters())
 
 
@@ -91,7 +93,7 @@ def test_each_part_of_the_routing_objective_reaches_the_routers_query(part, top_
     teacher = tiny_teacher()
     model = distillation_model(teacher)
     run(model, teacher, collated(), values=scheduled(top_k=top_k))["router"][part].backward()
-    assert model.router.query.weight.grad.abs().max() > 0
+    assert last_router(model).query.weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
@@ -101,7 +103,7 @@ def test_both_parts_that_need_logits_reach_the_routers_query(top_k):
         teacher = tiny_teacher()
         model = distillation_model(teacher, router_student_weight=student_weight)
         run(model, teacher, collated(), NO_LOSSES, values=scheduled(top_k=top_k))["logit_loss"].backward()
-        gradients.append(model.router.query.weight.grad)
+        gradients.append(last_router(model).query.weight.grad)
     assert gradients[0].abs().max() > 0 and (gradients[1] - gradients[0]).abs().max() > 0
 
 
@@ -115,7 +117,7 @@ def test_a_students_loss_moves_the_student_and_never_the_router(name):
         (run(model, teacher, collated(), frozenset({name}))["logit_loss"] - own).backward()
     else:
         run(model, teacher, collated())["losses"][name].backward()
-    assert all(p.grad is None or p.grad.abs().max() < 1e-6 for p in model.router.parameters())
+    assert all(p.grad is None or p.grad.abs().max() < 1e-6 for p in last_router(model).parameters())
     assert any(p.grad is not None and p.grad.ne(0).any() for p in model.student.parameters())
     for projections in ("feature", "layerwise", "contrastive"):
         grads = [p.grad for p in getattr(model, f"{projections}_projections").parameters()]
@@ -376,7 +378,7 @@ def test_the_extra_state_is_all_but_the_students():
     model = distillation_model(tiny_teacher())
     extras = model.extra_state_dict()
     assert {name.split(".")[0] for name in extras} == {
-        "router",
+        "routing",
         "gap",
         "feature_projections",
         "layerwise_projections",

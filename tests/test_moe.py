@@ -4,7 +4,17 @@ from builders import FAMILIES, random_ids, tiny_llama, tiny_moe
 from transformers import JetMoeConfig, JetMoeForCausalLM
 
 from distill_trainer.errors import UnsupportedModelError
-from distill_trainer.moe import expert_blocks, gate_rows, is_mixture, mix_experts, record_experts
+from distill_trainer.mixing import mix_experts
+from distill_trainer.moe import (
+    ExpertCall,
+    expert_blocks,
+    expert_layers,
+    gate_of,
+    gate_rows,
+    is_mixture,
+    record_experts,
+)
+from distill_trainer.router import select_experts
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -38,7 +48,9 @@ def recorded(model, block, input_ids):
 def test_every_layer_of_a_mixture_has_a_block(family):
     model = tiny_moe(family)
     blocks = expert_blocks(model)
-    assert len(blocks) == 3 and all(block in list(model.modules()) for block in blocks)
+    # Those of DeepSeek start with dense layers.
+    layers = [1, 2] if family.startswith("deepseek") else [0, 1, 2]
+    assert list(expert_layers(model)) == layers and list(expert_layers(model).values()) == blocks
     assert all(block.experts.num_experts == 4 for block in blocks)
 
 
@@ -117,7 +129,34 @@ def test_gate_rows_are_the_weights_behind_the_recorded_scores(family):
     block = expert_blocks(model)[-1]
     call, _ = recorded(model, block, random_ids())
     assert gate_rows(block).shape == (4, 48) and not gate_rows(block).requires_grad
-    torch.testing.assert_close(call.router_logits, call.hidden_states @ gate_rows(block).T, atol=1e-5, rtol=1e-5)
+    bias = getattr(gate_of(block), "bias", None)
+    expected = torch.nn.functional.linear(call.hidden_states, gate_rows(block), bias)
+    torch.testing.assert_close(call.router_logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@every_family
+def test_gate_logits_give_the_gates_choice_and_the_ratios_of_its_weights(family):
+    model = tiny_moe(family)
+    block = expert_blocks(model)[-1]
+    call, _ = recorded(model, block, random_ids())
+    weights, chosen = select_experts(call.gate_logits, call.selected_experts.shape[-1], 1.0)
+    none = torch.zeros(len(chosen), 4)
+    own = call.routing_weights / call.routing_weights.sum(dim=-1, keepdim=True)
+    found, expected = none.scatter(-1, chosen, weights), none.scatter(-1, call.selected_experts, own)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    if family != "deepseek_v3":
+        assert torch.equal(call.gate_logits, call.router_logits)
+    else:
+        # Groups and the bias bar experts that their sigmoids alone would have chosen.
+        assert not torch.equal(call.router_logits.topk(2).indices.sort().values, chosen.sort().values)
+
+
+def test_gate_logits_keep_the_order_of_the_experts_that_were_not_chosen():
+    scores = torch.tensor([[3.0, 1.0, 2.0, -1.0, 0.5]])
+    call = ExpertCall(torch.zeros(1, 2), scores, torch.tensor([[2, 1]]), torch.tensor([[0.7311, 0.2689]]))
+    order = call.gate_logits.argsort(descending=True)[0].tolist()
+    assert order[:3] == [2, 1, 0] and order[3:] == [4, 3]
+    assert call.gate_logits[0, [2, 1, 4, 3]].tolist() == scores[0, [2, 1, 4, 3]].tolist()
 
 
 def test_a_recorded_call_can_be_read_at_some_tokens():

@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from distill_trainer.router import (
     GAP_DECAY,
     GAP_WARMUP_STEPS,
+    ROUTER_PARTS,
     KnowledgeGap,
     StudentAwareRouter,
     routing_losses,
     routing_objective,
+    sample_experts,
     select_experts,
     student_divergence,
 )
@@ -262,8 +264,85 @@ def test_the_objective_is_the_weighted_sum_of_its_parts():
             "capacity_bce": 7.0,
         }.items()
     }
-    total = routing_objective(parts, anchor_weight=0.1, balance_weight=0.01)
-    assert float(total) == pytest.approx(0.1 * 3 + 0.01 * 5 + 7)
+    weights = {"student_weight": 0.5, "anchor_weight": 0.1, "balance_weight": 0.01}
+    assert float(routing_objective(parts, **weights)) == pytest.approx(0.1 * 3 + 0.01 * 5 + 7)
+    parts["student_feature"] = torch.tensor(11.0)
+    assert float(routing_objective(parts, **weights)) == pytest.approx(0.1 * 3 + 0.01 * 5 + 7 + 0.5 * 11)
+
+
+READS = {
+    "importance": ("teacher_hidden", "student_hidden"),
+    "capacity": ("student_entropy", "student_hidden"),
+    "gap": ("gap",),
+}
+
+
+@pytest.mark.parametrize("parts", [(), ("importance",), ("capacity",), ("gap",), ("capacity", "gap"), ROUTER_PARTS])
+def test_a_router_reads_what_its_parts_name_and_nothing_else(parts):
+    torch.manual_seed(0)
+    module = StudentAwareRouter(torch.randn(EXPERTS, TEACHER), STUDENT, parts)
+    if parts:
+        torch.nn.init.normal_(module.query.weight, std=0.3)
+    plain = module(**inputs()).importance
+    read = {name for part in parts for name in READS[part]}
+    for name in ("teacher_hidden", "student_hidden", "student_entropy", "gap"):
+        other = module(**inputs(**{name: inputs(seed=9)[name]})).importance
+        assert torch.equal(plain, other) is (name not in read), name
+    assert bool(plain.eq(0).all()) is (not parts)
+
+
+def test_without_parts_the_router_is_the_gate_and_still_fits_the_capacity():
+    module = StudentAwareRouter(torch.randn(EXPERTS, TEACHER), STUDENT, ())
+    output = module(**inputs())
+    assert torch.equal(output.router_logits, inputs()["gate_logits"])
+    routing_losses(output, inputs()["gate_logits"], torch.rand(ANCHORS))["capacity_bce"].backward()
+    assert module.capacity_output.weight.grad.ne(0).any()
+
+
+def test_a_duplicated_expert_shares_its_load():
+    """Expert 2 twice, in the gate and so in the keys: the copies get the same weight everywhere, trained or not."""
+    rows = torch.randn(EXPERTS, TEACHER, generator=torch.Generator().manual_seed(3))
+    order = [0, 1, 2, 3, 4, 2]
+    torch.manual_seed(0)
+    module = StudentAwareRouter(rows[order], STUDENT)
+    torch.nn.init.normal_(module.query.weight, std=0.3)
+    gate_logits = inputs()["gate_logits"][:, order]
+
+    def load(gate_logits, top_k):
+        output = module(**inputs(gate_logits=gate_logits, top_k=top_k))
+        return torch.zeros(ANCHORS, 6).scatter(-1, output.selected_experts, output.routing_weights)
+
+    both = load(gate_logits, 6)
+    alone = load(gate_logits.index_fill(1, torch.tensor([5]), -torch.inf), 5)
+    torch.testing.assert_close(both[:, 2], both[:, 5])
+    # Together they get more than the expert alone, each of them less: the softmax has one more term.
+    assert (both[:, 2] < alone[:, 2]).all() and (2 * both[:, 2] > alone[:, 2]).all()
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_samples_are_sets_drawn_by_the_probabilities(top_k):
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    torch.manual_seed(0)
+    weights, chosen = sample_experts(logits, top_k, 1.5, 20000)
+    assert weights.shape == chosen.shape == (1, 20000, top_k)
+    assert all(len(set(row)) == top_k for row in chosen[0, :500].tolist())
+    probabilities = (logits[0] / 1.5).softmax(-1)
+    first = torch.bincount(chosen[0, :, 0], minlength=4) / 20000
+    torch.testing.assert_close(first, probabilities, atol=0.015, rtol=0)
+    if top_k == 2:
+        pair = (chosen[0] == torch.tensor([0, 1])).all(-1).float().mean()
+        expected = probabilities[0] * probabilities[1] / (1 - probabilities[0])
+        torch.testing.assert_close(pair, expected, atol=0.015, rtol=0)
+    own = probabilities[chosen]
+    torch.testing.assert_close(weights, own / own.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_sampled_weights_carry_a_live_gradient(top_k):
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]], requires_grad=True)
+    weights, _ = sample_experts(logits, top_k, 1.0, 2)
+    (weights * torch.arange(1.0, 1 + 2 * top_k).view(1, 2, top_k)).sum().backward()
+    assert logits.grad.ne(0).any()
 
 
 def test_the_gap_starts_as_the_mean_of_the_first_steps_and_then_follows():

@@ -10,17 +10,14 @@ from transformers import (
     GraniteForCausalLM,
 )
 
-from distill_trainer.errors import ConfigurationError, UnsupportedModelError
+from distill_trainer.errors import UnsupportedModelError
 from distill_trainer.losses.attention import attention_rows
 from distill_trainer.taps import (
-    LAYERWISE_PAIRS,
-    LayerPairs,
     attention_module,
     decoder_layers,
     final_norm,
     output_head,
     run_trunk,
-    uniform_layer_map,
 )
 
 DENSE = {name: value for name, value in SHAPE.items() if name != "num_experts_per_tok"} | {"intermediate_size": 64}
@@ -162,64 +159,3 @@ def test_an_unknown_attention_is_an_error():
 def test_gpt2_layers_and_norm_are_found():
     model = gpt2()
     assert decoder_layers(model) is model.transformer.h and final_norm(model) is model.transformer.ln_f
-
-
-@pytest.mark.parametrize(
-    ("students", "teachers", "expected"),
-    [(3, 3, [0, 1, 2]), (2, 4, [1, 3]), (4, 2, [0, 0, 1, 1]), (1, 5, [4]), (5, 1, [0] * 5)],
-)
-def test_a_uniform_map_keeps_relative_depth(students, teachers, expected):
-    assert uniform_layer_map(students, teachers) == expected
-
-
-@pytest.mark.parametrize(("students", "teachers"), [(30, 28), (28, 30), (6, 48), (12, 5)])
-def test_a_uniform_map_rises_and_ends_at_the_last_layer(students, teachers):
-    mapped = uniform_layer_map(students, teachers)
-    assert mapped == sorted(mapped) and mapped[-1] == teachers - 1 and min(mapped) >= 0
-
-
-def plan(students=30, teachers=28, layer_map="uniform", feature_layers=None, attention_layers=None):
-    return LayerPairs.plan(
-        students, teachers, layer_map=layer_map, feature_layers=feature_layers, attention_layers=attention_layers
-    )
-
-
-def test_the_default_plan_compares_last_layers_and_evenly_spaced_pairs():
-    pairs = plan()
-    assert pairs.feature == pairs.attention == ((29, 27),)
-    assert len(pairs.layerwise) == LAYERWISE_PAIRS and pairs.layerwise[-1] == (29, 27)
-    steps = [after[0] - before[0] for before, after in zip(pairs.layerwise, pairs.layerwise[1:], strict=False)]
-    assert max(steps) - min(steps) <= 1
-
-
-def test_a_shallow_student_is_compared_layer_by_layer():
-    assert plan(2, 4).layerwise == ((0, 1), (1, 3))
-
-
-def test_an_explicit_map_is_used_whole_and_sorted():
-    pairs = plan(layer_map=["8:20", "2:5"], feature_layers=[20], attention_layers=[6, 5])
-    assert pairs.layerwise == ((2, 5), (8, 20))
-    assert pairs.feature == ((8, 20),) and pairs.attention == ((2, 5), (2, 6))
-
-
-def test_chosen_teacher_layers_meet_the_student_layer_of_that_depth():
-    assert plan(4, 8, feature_layers=[3, 7]).feature == ((1, 3), (3, 7))
-
-
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("layer_map", {"layer_map": ["30:0"]}),
-        ("layer_map", {"layer_map": ["0:28"]}),
-        ("feature_layers", {"feature_layers": [28]}),
-        ("attention_layers", {"attention_layers": [99]}),
-    ],
-)
-def test_a_layer_that_does_not_exist_is_named(name, changes):
-    with pytest.raises(ConfigurationError, match=f"{name} must name layers below 30 of the student and below 28"):
-        plan(**changes)
-
-
-def test_a_loss_without_weight_needs_no_pairs():
-    used = plan().used_by({"feature": 0.1, "layerwise": 0.0, "attention": 0.0})
-    assert used.feature and not used.layerwise and not used.attention

@@ -1,4 +1,6 @@
+import contextlib
 import copy
+import functools
 
 import pytest
 import torch
@@ -16,11 +18,12 @@ from test_moe import tiny_jetmoe
 
 from distill_trainer.anchors import IGNORE_INDEX, Anchors
 from distill_trainer.errors import UnsupportedModelError
+from distill_trainer.mixing import reroute_experts
+from distill_trainer.router import sample_experts, select_experts
 from distill_trainer.teacher import Teacher
 
+ANCHOR_FIELDS = ("rows", "student_positions", "teacher_positions", "same_next")
 every_family = pytest.mark.parametrize("family", FAMILIES)
-# Families whose gates give weights that sum to 1.
-RENORMALISED = ("qwen3_moe", "mixtral")
 
 
 def everywhere(teacher):
@@ -35,38 +38,38 @@ def everywhere(teacher):
 
 def rerouted(teacher, output, selected_experts, routing_weights):
     """Residual and logits of the re-routed teacher."""
-    residual, hidden_states = teacher.reroute(output, selected_experts, routing_weights)
-    return residual, teacher.head(hidden_states)
+    result = teacher.reroute(output, lambda layer, own: (selected_experts, routing_weights))
+    return result.residual, teacher.head(result.hidden_states)
+
+
+def last_call(output):
+    """What the last layer's experts did."""
+    return output.experts[output.last_layer]
 
 
 def own_choice(output):
     """The gate's own choice, with weights that sum to 1 as the router's do."""
-    weights = output.experts.routing_weights
-    return output.experts.selected_experts, weights / weights.sum(dim=-1, keepdim=True)
+    weights = last_call(output).routing_weights
+    return last_call(output).selected_experts, weights / weights.sum(dim=-1, keepdim=True)
+
+
+def gates_choice(layer, own):
+    """What a router chooses that has learned nothing yet, with the gate's own number of experts."""
+    weights, chosen = select_experts(own.gate_logits, own.selected_experts.shape[-1], 1.0)
+    return chosen, weights
 
 
 @every_family
-def test_the_gates_own_choice_gives_the_untouched_teacher(family):
-    teacher = tiny_teacher(family)
+@pytest.mark.parametrize("router_layers", ["last", "last:2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_untrained_router_gives_the_untouched_teacher_bit_for_bit(family, router_layers, dtype):
+    teacher = Teacher(tiny_moe(family).to(dtype), projection(), router_layers=router_layers)
     output, expected = everywhere(teacher)
     assert torch.equal(teacher.head(output.hidden_states), expected)
-    if family in RENORMALISED:
-        residual, logits = rerouted(teacher, output, output.experts.selected_experts, output.experts.routing_weights)
-        assert torch.equal(residual, output.residual) and torch.equal(logits, expected)
-    residual, logits = rerouted(teacher, output, *own_choice(output))
-    torch.testing.assert_close(residual, output.residual, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
-
-
-@pytest.mark.parametrize("family", RENORMALISED)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_gates_own_choice_gives_the_untouched_teacher_in_half_precision(family, dtype):
-    teacher = Teacher(tiny_moe(family).to(dtype), projection())
-    output, expected = everywhere(teacher)
-    residual, logits = rerouted(
-        teacher, output, output.experts.selected_experts, output.experts.routing_weights.float()
-    )
-    assert torch.equal(residual, output.residual) and torch.equal(logits, expected)
+    with torch.no_grad():
+        rerouted_teacher = teacher.reroute(output, gates_choice)
+    assert torch.equal(rerouted_teacher.residual, output.residual)
+    assert torch.equal(teacher.head(rerouted_teacher.hidden_states), expected)
 
 
 @every_family
@@ -77,8 +80,10 @@ def test_rerouting_equals_a_model_whose_last_gate_chose_so(family, top_k):
     generator = torch.Generator().manual_seed(top_k)
     raw, chosen = torch.rand(len(output.anchors), 4, generator=generator).topk(top_k)
     weights = raw / raw.sum(dim=-1, keepdim=True)
-    scale = output.experts.routing_weights.sum(dim=-1, keepdim=True)
-    hook = teacher.block.experts.register_forward_pre_hook(lambda module, inputs: (inputs[0], chosen, weights * scale))
+    scale = last_call(output).routing_weights.sum(dim=-1, keepdim=True)
+    hook = teacher.blocks[teacher.last_layer].experts.register_forward_pre_hook(
+        lambda module, inputs: (inputs[0], chosen, weights * scale)
+    )
     with torch.no_grad():
         expected = teacher.model(input_ids=random_ids(), use_cache=False).logits.flatten(0, 1)
     hook.remove()
@@ -98,10 +103,132 @@ def test_gradients_reach_the_routing_weights_and_not_the_teacher(family):
     assert not output.hidden_states.requires_grad and not teacher.model.training
 
 
+def other_experts(layer, own):
+    """Some choice of three experts that depends on the layer and on what is asked there."""
+    scores = own.hidden_states.detach()[:, :4].float() + layer
+    weights, chosen = scores.sin().softmax(-1).topk(3)
+    return chosen, weights / weights.sum(dim=-1, keepdim=True)
+
+
 @every_family
-def test_a_sound_teacher_passes_its_check(family):
-    tiny_teacher(family).verify()
-    Teacher(tiny_moe(family).bfloat16(), projection()).verify()
+@pytest.mark.parametrize("router_layers", ["last", "last:2"])
+def test_rerouted_layers_equal_a_model_whose_gates_chose_so(family, router_layers):
+    teacher = Teacher(tiny_moe(family), projection(), router_layers=router_layers)
+    batch = collated(4)
+    output = teacher(batch, Anchors.of(batch), layers=(1,))
+    with contextlib.ExitStack() as stack:
+        for layer in teacher.routed.depth:
+            choose = functools.partial(other_experts, layer)
+            stack.enter_context(reroute_experts(teacher.blocks[layer], output.tokens, choose))
+        whole = teacher.model(
+            input_ids=batch["teacher_input_ids"],
+            attention_mask=batch["teacher_attention_mask"],
+            use_cache=False,
+            output_hidden_states=True,
+        )
+    found = teacher.reroute(output, other_experts)
+    at = (output.anchors.rows, output.anchors.teacher_positions)
+    torch.testing.assert_close(teacher.head(found.hidden_states), whole.logits[at], atol=1e-4, rtol=1e-4)
+    if router_layers == "last:2":
+        torch.testing.assert_close(found.layers[1], whole.hidden_states[2][at], atol=1e-4, rtol=1e-4)
+    else:
+        assert found.layers == {}
+
+
+def test_tokens_that_are_no_anchors_keep_their_gates_choice():
+    model = tiny_moe()
+    teacher = Teacher(model, projection(), router_layers="all")
+    batch, anchors = every_position(random_ids())
+    # Of each row only one token is an anchor, and it is the last: nothing before it may change, and it must.
+    last = anchors.teacher_positions == anchors.teacher_positions.max()
+    few = Anchors(anchors.mask, *(getattr(anchors, name)[last] for name in ANCHOR_FIELDS))
+    output = teacher(batch, few)
+    watched = []
+    hook = model.model.layers[-1].register_forward_hook(lambda module, inputs, result: watched.append(result))
+    with torch.no_grad():
+        model(input_ids=random_ids(), use_cache=False)
+        teacher.reroute(output, other_experts)
+    hook.remove()
+    plain, changed = (result[0] if isinstance(result, tuple) else result for result in watched)
+    torch.testing.assert_close(plain[:, :-1], changed[:, :-1], atol=1e-5, rtol=1e-5)
+    assert (plain[:, -1] - changed[:, -1]).abs().amax(dim=-1).min() > 0.1
+
+
+@every_family
+def test_gradients_reach_the_weights_of_every_rerouted_layer(family):
+    teacher = Teacher(tiny_moe(family), projection(), router_layers="last:2")
+    output, _ = everywhere(teacher)
+    weights = {}
+
+    def choose(layer, own):
+        chosen, start = gates_choice(layer, own)
+        weights[layer] = start.detach().clone().requires_grad_()
+        return chosen, weights[layer]
+
+    result = teacher.reroute(output, choose)
+    teacher.head(result.hidden_states).log_softmax(-1)[:, 7].sum().backward()
+    assert set(weights) == {1, 2} and all(weight.grad.ne(0).any() for weight in weights.values())
+    assert all(p.grad is None and not p.requires_grad for p in teacher.model.parameters())
+
+
+def test_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        teacher = Teacher(tiny_moe(), projection(), router_layers="all", checkpointing=checkpointing)
+        output, _ = everywhere(teacher)
+        scale = torch.ones(3, requires_grad=True)
+
+        def choose(layer, own, scale=scale):
+            chosen, weights = other_experts(layer, own)
+            return chosen, weights * scale[layer]
+
+        teacher.head(teacher.reroute(output, choose).hidden_states).log_softmax(-1)[:, 7].sum().backward()
+        gradients.append(scale.grad)
+    assert gradients[0].ne(0).all()
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_layer_that_is_only_a_target_changes_nothing_above_it():
+    teacher = Teacher(tiny_moe(), projection(), router_layers=["1"])
+    output, _ = everywhere(teacher)
+    assert teacher.routed.targets == (1,) and set(output.experts) == {2}
+    batch, anchors = every_position(random_ids())
+    output = teacher(batch, anchors, layers=(1,))
+    result = teacher.reroute(output, other_experts)
+    alone = tiny_teacher()
+    expected = alone.reroute(alone(batch, anchors), other_experts)
+    assert torch.equal(result.hidden_states, expected.hidden_states)
+    deep = Teacher(tiny_moe(), projection(), router_layers="last:2")
+    torch.testing.assert_close(result.layers[1], deep.reroute(deep(batch, anchors), other_experts).layers[1])
+
+
+@every_family
+def test_several_choices_at_an_anchor_are_each_what_the_teacher_says_then(family):
+    teacher = tiny_teacher(family)
+    output, _ = everywhere(teacher)
+    torch.manual_seed(0)
+    weights, chosen = sample_experts(last_call(output).gate_logits, 2, 1.0, 3)
+    several = teacher.reroute(output, lambda layer, own: (chosen, weights))
+    for sample in range(3):
+        one = teacher.reroute(output, lambda layer, own, i=sample: (chosen[:, i], weights[:, i]))
+        torch.testing.assert_close(several.hidden_states[:, sample], one.hidden_states, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(several.residual[:, sample], one.residual, atol=1e-5, rtol=1e-5)
+
+
+def test_a_mixture_whose_last_layer_is_dense_is_routed_in_its_last_layer_with_experts():
+    teacher = Teacher(tiny_moe(mlp_only_layers=[2]), projection())
+    teacher.verify()
+    assert teacher.routed.depth == (1,) and teacher.num_experts == 4
+    output, expected = everywhere(teacher)
+    with torch.no_grad():
+        assert torch.equal(teacher.head(teacher.reroute(output, gates_choice).hidden_states), expected)
+
+
+@every_family
+@pytest.mark.parametrize("router_layers", ["last", "last:2"])
+def test_a_sound_teacher_passes_its_check(family, router_layers):
+    Teacher(tiny_moe(family), projection(), router_layers=router_layers).verify()
+    Teacher(tiny_moe(family).bfloat16(), projection(), router_layers=router_layers).verify()
 
 
 def test_a_dense_teacher_passes_its_check():
@@ -125,7 +252,7 @@ def test_a_head_that_does_more_than_known_is_an_error():
 def test_experts_that_are_not_simply_added_are_an_error():
     teacher = tiny_teacher()
     # A norm behind the block: the mixture cannot be put in the place of the experts' output.
-    teacher.block.register_forward_hook(lambda module, inputs, output: output / output.norm())
+    teacher.blocks[teacher.last_layer].register_forward_hook(lambda module, inputs, output: output / output.norm())
     with pytest.raises(UnsupportedModelError, match="re-routing of the teacher Qwen3MoeForCausalLM"):
         teacher.verify()
 
@@ -146,16 +273,10 @@ def test_experts_that_cannot_be_found_are_an_error_only_with_the_router():
     assert Teacher(model, projection(), use_router=False).num_experts == 0
 
 
-def test_a_last_layer_without_experts_is_an_error():
-    model = tiny_moe(mlp_only_layers=[2])
-    with pytest.raises(UnsupportedModelError, match="last layer of the teacher Qwen3MoeForCausalLM has no experts"):
-        Teacher(model, projection())
-
-
 def test_a_dense_teacher_works_without_a_router():
     teacher = Teacher(tiny_llama(vocab_size=4100), projection())
     output, expected = everywhere(teacher)
-    assert teacher.num_experts == 0 and output.experts is None
+    assert teacher.num_experts == 0 and output.experts == {}
     assert torch.equal(teacher.head(output.hidden_states), expected)
 
 

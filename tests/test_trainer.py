@@ -8,6 +8,7 @@ from builders import (
     TEACHER_ROWS,
     TEXTS,
     arguments,
+    last_router,
     logged,
     tiny_llama,
     tiny_moe,
@@ -138,7 +139,7 @@ def test_a_loss_without_weight_has_no_modules_and_is_not_computed(tmp_path):
     trainer = tiny_trainer(tmp_path, **off)
     trainer.train()
     names = {name.split(".")[0] for name, _ in trainer.distillation_model.named_parameters()}
-    assert names == {"student", "router"}
+    assert names == {"student", "routing"}
     assert logged(trainer, "distill/loss_kl") and not logged(trainer, "distill/loss_feature")
 
 
@@ -156,7 +157,7 @@ def test_an_adapter_run_trains_adapters_only_and_leaves_a_plain_student(tmp_path
     trainer.train()
     moved = {n for n, p in trainer.distillation_model.named_parameters() if not torch.equal(before[n], p)}
     student = {name for name in moved if name.startswith("student.")}
-    assert student and all("lora_" in name for name in student) and any(n.startswith("router.") for n in moved)
+    assert student and all("lora_" in name for name in student) and any(n.startswith("routing.") for n in moved)
     assert (tmp_path / "checkpoint-4" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "checkpoint-4" / "model.safetensors").exists()
 
@@ -234,7 +235,7 @@ def test_text_alone_needs_no_teacher_and_is_plain_fine_tuning(tmp_path):
         **ONLY_TEXT,
     )
     trainer.train()
-    assert trainer.teacher is None and trainer.distillation_model.router is None
+    assert trainer.teacher is None and trainer.distillation_model.routing is None
     assert {name.split(".")[0] for name, _ in trainer.distillation_model.named_parameters()} == {"student"}
     losses = []
     for window in windows().select(range(2)):
@@ -255,16 +256,16 @@ def test_losses_that_need_a_teacher_are_an_error_without_one(tmp_path):
 def test_a_dense_teacher_trains_without_a_router(tmp_path):
     trainer = tiny_trainer(tmp_path, teacher=tiny_llama(seed=3, vocab_size=4100))
     trainer.train()
-    assert trainer.distillation_model.router is None and len(logged(trainer, "distill/loss_kl")) == 4
+    assert trainer.distillation_model.routing is None and len(logged(trainer, "distill/loss_kl")) == 4
     assert not logged(trainer, "distill/top_k") and not logged(trainer, "distill/router_ce")
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "olmoe"])
 def test_every_family_trains_its_router(tmp_path, family):
     trainer = tiny_trainer(tmp_path, teacher=family, max_steps=2)
-    before = trainer.distillation_model.router.query.weight.clone()
+    before = last_router(trainer.distillation_model).query.weight.clone()
     trainer.train()
-    assert not torch.equal(before, trainer.distillation_model.router.query.weight)
+    assert not torch.equal(before, last_router(trainer.distillation_model).query.weight)
 
 
 def test_a_mixture_whose_experts_cannot_be_found_is_an_error_before_any_data_is_read(tmp_path):

@@ -34,7 +34,7 @@ def fused_loss(
         student_states: Input of the student's head, `(num_positions, student_hidden_size)`.
         student_head: Trained, frozen, tied or under an adapter.
         teacher_states: Input of the teacher's head at the first of these positions,
-            `(num_anchors, teacher_hidden_size)`; None for none.
+            `(num_anchors, teacher_hidden_size)` or `(num_anchors, num_samples, teacher_hidden_size)`; None for none.
         teacher_head: Frozen.
         chunk_size: Positions at a time.
         scale: Factor of the loss. Divided here and not in `chunk_loss`, gradients keep to the range of fp16.

@@ -57,7 +57,7 @@ class HeadPass:
 
     Args:
         head: The head.
-        states: Its input, `(num_positions, hidden_size)`.
+        states: Its input, `(num_positions, hidden_size)`; a head without parameters to train takes more dimensions.
         parameters: Parameters of the head that get a gradient.
         backward: Whether there will be gradients at all.
     """
@@ -96,7 +96,7 @@ class HeadPass:
 
     def _add_by_hand(self, rows: slice, gradient: Tensor) -> None:
         weight = self.head.linear.weight
-        self.state_gradient[rows] = torch.mm(gradient, weight.detach().to(gradient.dtype)).float()
+        self.state_gradient[rows] = (gradient @ weight.detach().to(gradient.dtype)).float()
         for parameter, total in zip(self.parameters, self.parameter_gradients, strict=True):
             if parameter is not weight:
                 total += gradient.sum(dim=0, dtype=torch.float32)

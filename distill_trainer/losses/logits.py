@@ -26,6 +26,11 @@ def kl_divergence(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
     return row_dot(logprobs.exp(), logprobs - other_logprobs)
 
 
+def mean_belief(logits: Tensor) -> Tensor:
+    """Logarithm of the mean of several distributions, `(num_rows, num_samples, vocab_size)` -> without samples."""
+    return F.log_softmax(logits.float(), dim=-1).logsumexp(dim=1) - math.log(logits.shape[1])
+
+
 def divergence(student_logprobs: Tensor, teacher_logprobs: Tensor, direction: str) -> Tensor:
     """Divergence of the student's distribution from the teacher's in nats, see `kl_divergence_loss` for directions.
 

@@ -1,0 +1,107 @@
+"""The teacher and the trained model of a run, put together from its settings."""
+
+from dataclasses import fields
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from distill_trainer.alignment import VocabularyProjection
+from distill_trainer.arguments import DistillationArguments
+from distill_trainer.errors import ConfigurationError
+from distill_trainer.layer_plan import LayerPairs
+from distill_trainer.loading import with_adapters
+from distill_trainer.logit_loss import LogitSettings
+from distill_trainer.modeling import DistillationModel
+from distill_trainer.routing import Routing
+from distill_trainer.teacher import Teacher
+
+logger = logging.get_logger(__name__)
+
+
+def build_teacher(
+    model: PreTrainedModel,
+    student: PreTrainedModel,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    student_tokenizer: PreTrainedTokenizerBase,
+    args: DistillationArguments,
+) -> Teacher:
+    """The frozen teacher on the run's device, after it has passed its check.
+
+    Raises:
+        UnsupportedModelError: If it cannot be read or re-routed.
+        TokenizerError: If the tokenizers cannot be aligned.
+        ConfigurationError: If `router_layers` does not fit its layers.
+    """
+    projection = VocabularyProjection.from_tokenizers(
+        teacher_tokenizer,
+        student_tokenizer,
+        model.get_output_embeddings().weight.shape[0],
+        student.get_output_embeddings().weight.shape[0],
+    )
+    # Before transformers 5.20 it goes by its older name.
+    checkpointing = getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing
+    teacher = Teacher(
+        model.to(args.device),
+        projection.to(args.device),
+        use_router=args.use_router,
+        router_layers=args.router_layers,
+        checkpointing=bool(checkpointing),
+    )
+    teacher.verify()
+    limit = teacher.num_experts
+    if limit and max(args.initial_top_k, args.final_top_k) > limit:
+        logger.warning(f"top_k is cut to {limit}, the number of the teacher's experts.")
+    return teacher
+
+
+def build_model(student: PreTrainedModel, teacher: Teacher | None, args: DistillationArguments) -> DistillationModel:
+    """The student with everything that trains beside it.
+
+    Raises:
+        ConfigurationError: If a setting names layers that do not exist, or that nothing compares.
+    """
+    pairs, routing, width = LayerPairs(), None, 0
+    if teacher is not None:
+        pairs = LayerPairs.plan(
+            student.config.num_hidden_layers,
+            teacher.model.config.num_hidden_layers,
+            layer_map=args.layer_map,
+            feature_layers=args.feature_layers,
+            attention_layers=args.attention_layers,
+        ).used_by(args.loss_weights())
+        width = teacher.model.config.hidden_size
+        _check_targets(teacher, pairs)
+        if teacher.num_experts:
+            routing = Routing(
+                teacher.gate_rows(),
+                student.config.hidden_size,
+                parts=args.router_parts,
+                num_samples=args.expert_sampling,
+            )
+    if args.use_peft:
+        student = with_adapters(
+            student,
+            r=args.lora_r,
+            alpha=args.lora_alpha,
+            dropout=args.lora_dropout,
+            target_modules=args.lora_target_modules,
+        )
+    return DistillationModel(
+        student,
+        routing=routing,
+        teacher_hidden_size=width,
+        pairs=pairs,
+        contrastive=args.contrastive_weight > 0,
+        logits=LogitSettings(**{field.name: getattr(args, field.name) for field in fields(LogitSettings)}),
+    )
+
+
+def _check_targets(teacher: Teacher, pairs: LayerPairs) -> None:
+    """Raise unless every layer that is re-routed as a target is one that a loss compares."""
+    compared = {layer for _, layer in pairs.feature + pairs.layerwise}
+    for layer in teacher.routed.targets:
+        if layer not in compared:
+            raise ConfigurationError(
+                f"router_layers must list layers that the feature or layer-wise loss compares, got {layer}. "
+                "See feature_layers and layer_map."
+            )
