@@ -13,6 +13,7 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from distill_trainer import DistillationTrainer, evaluate_models
+from distill_trainer.ablation import read_ablation, run_ablation
 from distill_trainer.arguments import DataArguments, DistillationArguments, ModelArguments, parse_arguments
 from distill_trainer.callbacks import check_reporters
 from distill_trainer.checkpoint import check_checkpoint
@@ -68,7 +69,6 @@ def run(names: ModelArguments, texts: DataArguments, args: DistillationArguments
             student_name=names.student_model_name_or_path,
             teacher_name=names.teacher_model_name_or_path,
             datasets=texts.datasets,
-            command=report["environment"]["command"],
         )
         print(f"\n{headline_table(report)}\n\nReport: {page}")
     if args.push_to_hub:
@@ -116,13 +116,9 @@ def evaluate(
         student_before=student_before,
         baseline=baseline.args.output_dir if baseline else None,
         route=trainer.route if trainer.teacher and trainer.teacher.num_experts else None,
-        statistics={
-            "datasets": texts.datasets,
-            "train_documents": trained.get("documents"),
-            "train_bytes": trained.get("bytes"),
-            "anchor_fraction": trained.get("anchor_fraction"),
-            "dropped": trained.get("dropped"),
-        },
+        statistics={"datasets": texts.datasets}
+        | {name: trained.get(name) for name in ("anchor_fraction", "dropped")}
+        | {f"train_{name}": trained.get(name) for name in ("documents", "bytes")},
         names={"student": args.output_dir, "teacher": names.teacher_model_name_or_path},
         seconds=time.monotonic() - started,
     )
@@ -131,7 +127,10 @@ def evaluate(
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, or 2 with one line on standard error for what the user can mend."""
     try:
-        run(*parse_arguments(arguments))
+        if ablation := read_ablation(arguments):
+            print(run_ablation(ablation))
+        else:
+            run(*parse_arguments(arguments))
     except DistillationError as error:
         message = str(error)
     except torch.OutOfMemoryError:

@@ -18,7 +18,7 @@ LAYERS = [
         *("data", "documents", "loading", "scoring"),
     },
     {"assembly", "callbacks", "checkpoint", "hub", "step_record", "trainer", "teacher_cache"},
-    {"evaluation", "report", "export", "demo"},
+    {"ablation", "evaluation", "report", "export", "demo"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Lines of a module, by its name or its folder's.

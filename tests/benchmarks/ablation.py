@@ -1,0 +1,16 @@
+"""Held-out bits per byte of the demo's student under each way of mixing the teacher's experts.
+
+    python tests/benchmarks/ablation.py [--field value ...]
+
+The same as `python run_distillation.py configs/ablation.yaml`; flags are settings of every run. Results are files in
+the output folder: what is there is not run again. A natively trained teacher is made by native_teacher.py beside this
+file, and is used with `--teacher_model_name_or_path outputs/native_teacher --output_dir outputs/ablation_native`.
+"""
+
+import sys
+from pathlib import Path
+
+from run_distillation import main
+
+if __name__ == "__main__":
+    sys.exit(main([str(Path(__file__).parents[2] / "configs" / "ablation.yaml"), *sys.argv[1:]]))
