@@ -1,6 +1,7 @@
 """Ablations: a student for each variant of the settings and each seed, on the same text, scored on the same bytes."""
 
 import json
+import math
 import os
 import statistics
 import sys
@@ -224,7 +225,7 @@ def score(trainer: DistillationTrainer, windows: list[dict[str, Any]], args: Dis
 
 
 def _bits_per_byte(scores: list[dict[str, float]]) -> float:
-    return bits_per_byte(sum(item["nll"] for item in scores), sum(item["bytes"] for item in scores))
+    return bits_per_byte(math.fsum(item["nll"] for item in scores), sum(int(item["bytes"]) for item in scores))
 
 
 def table(ablation: Ablation) -> str:

@@ -13,6 +13,7 @@ from distill_trainer.loading import with_adapters
 from distill_trainer.logit_loss import LogitSettings
 from distill_trainer.modeling import DistillationModel
 from distill_trainer.routing import Routing
+from distill_trainer.taps import check_attention
 from distill_trainer.teacher import Teacher
 
 logger = logging.get_logger(__name__)
@@ -59,6 +60,7 @@ def build_model(student: PreTrainedModel, teacher: Teacher | None, args: Distill
 
     Raises:
         ConfigurationError: If a setting names layers that do not exist, or that nothing compares.
+        UnsupportedModelError: If the attention loss has a weight and a model's attention cannot be read.
     """
     pairs, routing, width = LayerPairs(), None, 0
     if teacher is not None:
@@ -71,6 +73,8 @@ def build_model(student: PreTrainedModel, teacher: Teacher | None, args: Distill
         ).used_by(args.loss_weights())
         width = teacher.model.config.hidden_size
         _check_targets(teacher, pairs)
+        for model in (student, teacher.model) if pairs.attention else ():
+            check_attention(model)
         if teacher.num_experts:
             routing = Routing(
                 teacher.gate_rows(),

@@ -172,3 +172,27 @@ def _tapped(
             del module.attention_tap
         for hook in hooks:
             hook.remove()
+
+
+@torch.no_grad()
+def check_attention(model: PreTrainedModel) -> None:
+    """Raise unless a model computes the same with its attention tapped, on a few tokens.
+
+    Raises:
+        UnsupportedModelError: If its attention does what scaled dot product attention does not: sinks, soft caps.
+    """
+    input_ids = torch.arange(1, 9, device=model.device).clamp(max=model.config.vocab_size - 1).unsqueeze(0)
+    mask = torch.ones_like(input_ids)
+    training = model.training
+    model.eval()
+    plain, tapped = (
+        run_trunk(model, input_ids, mask, attention_layers=layers).last_hidden_state.float()
+        for layers in ((), (model.config.num_hidden_layers - 1,))
+    )
+    model.train(training)
+    tolerance = {torch.float32: 1e-3, torch.float16: 1e-2}.get(model.dtype, 6e-2)
+    if not (plain - tapped).abs().max() <= tolerance * plain.abs().max():
+        raise UnsupportedModelError(
+            f"The attention of {type(model).__name__} is not plain scaled dot product attention. "
+            "Set attention_weight to 0."
+        )

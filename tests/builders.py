@@ -126,6 +126,7 @@ FAMILIES = {
             "num_local_experts": 4,
             "layer_types": ["sliding_attention", "full_attention", "full_attention"],
             "sliding_window": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
     ),
     "granitemoe": (

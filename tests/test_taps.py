@@ -14,6 +14,7 @@ from distill_trainer.errors import UnsupportedModelError
 from distill_trainer.losses.attention import attention_rows
 from distill_trainer.taps import (
     attention_module,
+    check_attention,
     decoder_layers,
     final_norm,
     output_head,
@@ -159,3 +160,15 @@ def test_an_unknown_attention_is_an_error():
 def test_gpt2_layers_and_norm_are_found():
     model = gpt2()
     assert decoder_layers(model) is model.transformer.h and final_norm(model) is model.transformer.ln_f
+
+
+@pytest.mark.parametrize("soft_cap", [None, 0.05])
+def test_attention_that_is_more_than_scaled_dot_products_is_told(soft_cap):
+    config = Gemma2Config(**DENSE, head_dim=12, attn_logit_softcapping=soft_cap, sliding_window=64)
+    model = Gemma2ForCausalLM(config).train()
+    if soft_cap is None:
+        check_attention(model)
+    else:
+        with pytest.raises(UnsupportedModelError, match="attention of Gemma2ForCausalLM .* Set attention_weight to 0"):
+            check_attention(model)
+    assert model.training

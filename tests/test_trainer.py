@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from builders import (
+    FAMILIES,
     TEACHER_ROWS,
     TEXTS,
     arguments,
@@ -260,12 +261,63 @@ def test_a_dense_teacher_trains_without_a_router(tmp_path):
     assert not logged(trainer, "distill/top_k") and not logged(trainer, "distill/router_ce")
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "olmoe"])
-def test_every_family_trains_its_router(tmp_path, family):
-    trainer = tiny_trainer(tmp_path, teacher=family, max_steps=2)
-    before = last_router(trainer.distillation_model).query.weight.clone()
+@pytest.mark.parametrize("router_layers", ["last", "last:2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_its_routers_and_never_the_teacher(tmp_path, family, router_layers):
+    teacher = tiny_moe(family)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    # The attention of gpt-oss has sinks, which cannot be compared.
+    attention = {"attention_weight": 0.0} if family == "gpt_oss" else {}
+    trainer = tiny_trainer(tmp_path, teacher=teacher, max_steps=2, router_layers=router_layers, **attention)
+    routers = trainer.distillation_model.routing.routers
+    assert list(routers) == (["1", "2"] if router_layers == "last:2" else ["2"])
     trainer.train()
-    assert not torch.equal(before, last_router(trainer.distillation_model).query.weight)
+    assert all(router.query.weight.ne(0).any() for router in routers.values())
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+def test_attention_that_cannot_be_compared_is_an_error_that_names_the_setting(tmp_path):
+    with pytest.raises(UnsupportedModelError, match="attention of GptOssForCausalLM .* Set attention_weight to 0"):
+        tiny_trainer(tmp_path, teacher="gpt_oss")
+
+
+def test_layers_that_are_targets_only_have_routers_that_learn(tmp_path):
+    trainer = tiny_trainer(tmp_path, router_layers=["0"], layer_map=["0:0", "1:2"])
+    routers = trainer.distillation_model.routing.routers
+    assert list(routers) == ["0", "2"]
+    trainer.train()
+    assert all(router.query.weight.ne(0).any() for router in routers.values())
+    assert len(logged(trainer, "distill/router_student_feature")) == 4
+
+
+def test_a_target_that_no_loss_compares_is_an_error(tmp_path):
+    with pytest.raises(ConfigurationError, match="router_layers must list layers that .* got 1. See feature_layers"):
+        tiny_trainer(tmp_path, router_layers=["1"], layer_map=["0:0", "1:2"])
+
+
+def test_the_router_learns_in_its_steps_only(tmp_path):
+    trainer = tiny_trainer(tmp_path, router_layers="all", router_interval=2, router_until=0.5, max_steps=8)
+    moved, before = [], None
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            nonlocal before
+            now = model.routing.routers["0"].query.weight.detach().clone()
+            moved.append(bool((now != (0 if before is None else before)).any()))
+            before = now
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert moved == [True, False, True, False, False, False, False, False]
+    assert len(logged(trainer, "distill/router_ce")) == 8
+
+
+@pytest.mark.parametrize("kl_method", ["projected", "alm", "uld"])
+def test_sampled_experts_train_student_and_router(tmp_path, kl_method):
+    trainer = tiny_trainer(tmp_path, expert_sampling=3, kl_method=kl_method)
+    trainer.train()
+    assert last_router(trainer.distillation_model).query.weight.ne(0).any()
+    assert all(value == value and value > 0 for value in logged(trainer, "distill/loss_kl"))
 
 
 def test_a_mixture_whose_experts_cannot_be_found_is_an_error_before_any_data_is_read(tmp_path):
