@@ -54,8 +54,8 @@ class TeacherOutput:
     experts: dict[int, ExpertCall]
     spans: Spans
     inner_states: Tensor
-    calls: dict[int, LayerCall]
-    sequence_length: int
+    calls: dict[int, LayerCall] = field(default_factory=dict)
+    sequence_length: int = 0
 
     @property
     def tokens(self) -> Tensor:

@@ -96,7 +96,7 @@ def reference_case(device: str) -> Case:
         hidden,
         {},
         {},
-        None,
+        {},
         spans,
         torch.randn(len(spans.teacher_rows), TEACHER_SIZE, device=device),
     )

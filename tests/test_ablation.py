@@ -1,0 +1,128 @@
+import json
+
+import pytest
+import yaml
+from builders import ASSETS
+
+from distill_trainer.ablation import RESULT, Ablation, read_ablation, table
+from run_distillation import main
+
+TEXT = "The Union of these States was made by their people, and it is kept by them. " * 12
+
+
+def content(tmp_path, **changes):
+    """An ablation of two short runs over a small text."""
+    (tmp_path / "texts").mkdir(exist_ok=True)
+    for number in range(4):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"Message {number}. {TEXT}")
+    settings = {
+        "teacher_model_name_or_path": str(ASSETS / "teacher"),
+        "student_model_name_or_path": str(ASSETS / "student"),
+        "teacher_dtype": "float32",
+        "datasets": [str(tmp_path / "texts")],
+        "validation_fraction": 0.5,
+        "max_length": 32,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "use_cpu": True,
+        "output_dir": str(tmp_path / "out"),
+        "seeds": [0],
+        "reference": "gate",
+        "variants": {
+            "text": {"kl_weight": 0, "lm_weight": 1, **{f"{n}_weight": 0 for n in NAMES}},
+            "gate": {"use_router": False},
+            "router, all": {"router_layers": "all"},
+        },
+    }
+    return settings | changes
+
+
+NAMES = ("feature", "attention", "layerwise", "contrastive")
+
+
+def written(tmp_path, settings):
+    path = tmp_path / "ablation.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return str(path)
+
+
+def test_every_variant_is_trained_scored_and_tabled_and_kept_when_run_again(tmp_path, capfd):
+    path = written(tmp_path, content(tmp_path))
+    assert main([path]) == 0
+    shown = capfd.readouterr().out
+    found = {p.parent.name: json.loads(p.read_text()) for p in (tmp_path / "out").glob(f"*/{RESULT}")}
+    assert set(found) == {"text-0", "gate-0", "router__all-0"}
+    assert found["text-0"]["teacher"] is None and found["gate-0"]["aware"] is None
+    router = found["router__all-0"]
+    assert router["teacher"] == pytest.approx(found["gate-0"]["teacher"])
+    assert router["aware"] != router["teacher"] and 0 < router["aware"] < 10
+    values = [result["bits_per_byte"] for result in found.values()]
+    assert len(set(values)) == 3 and all(0 < value < 10 for value in values)
+    row = next(line for line in shown.splitlines() if line.startswith("| router, all |"))
+    difference = router["bits_per_byte"] - found["gate-0"]["bits_per_byte"]
+    assert f"{router['bits_per_byte']:.4f}" in row and f"{difference:+.4f}" in row
+    assert (tmp_path / "out" / "ablation.md").read_text() in shown
+
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob(f"*/{RESULT}")}
+    (tmp_path / "out" / "text-0" / RESULT).unlink()
+    assert main([path]) == 0
+    for p, time in before.items():
+        assert (p.stat().st_mtime_ns == time) is (p.parent.name != "text-0")
+    again = json.loads((tmp_path / "out" / "text-0" / RESULT).read_text())
+    assert again["bits_per_byte"] == found["text-0"]["bits_per_byte"], "a run is the same when it is repeated"
+
+    assert main([path, "--max_steps", "3"]) == 2
+    assert "was made with other settings" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"variants": []}, "variants must be a mapping"),
+        ({"variants": {}}, "variants must be a mapping"),
+        ({"variants": {"gate": 3}}, "variants must be a mapping"),
+        ({"reference": "none of them"}, "reference must be one of the variants, got none of them"),
+        ({"seeds": []}, "seeds must be a list of whole numbers"),
+        ({"seeds": ["x"]}, "seeds must be a list of whole numbers"),
+        ({"jobs": 0}, "jobs must be 1 or above, got 0"),
+        ({"learning_rte": 1}, "learning_rte is not a known setting"),
+        ({"variants": {"gate": {"top_k": 2}}}, "top_k is not a known setting"),
+        ({"variants": {"gate": {"kl_weight": -1}}}, "kl_weight must be"),
+    ],
+)
+def test_a_wrong_file_is_one_line_and_nothing_runs(tmp_path, capfd, changes, part):
+    assert main([written(tmp_path, content(tmp_path, **changes))]) == 2
+    error = capfd.readouterr().err.strip()
+    assert part in error and error.count("\n") == 0
+    assert not list(tmp_path.glob(f"out/*/{RESULT}"))
+
+
+def test_other_files_are_no_ablation(tmp_path):
+    plain = tmp_path / "plain.yaml"
+    plain.write_text("max_steps: 3\n")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [")
+    for argv in ([], ["--seed", "1"], [str(plain)], [str(broken)], [str(tmp_path / "missing.yaml")]):
+        assert read_ablation(argv) is None
+
+
+def test_the_output_folder_can_be_given_by_a_flag(tmp_path):
+    path = written(tmp_path, content(tmp_path))
+    ablation = read_ablation([path, "--output_dir", str(tmp_path / "other"), "--seed", "1"])
+    assert ablation.folder == tmp_path / "other" and ablation.flags == ["--seed", "1"]
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    ablation = Ablation({"a": {}, "b": {}}, {}, "a", [0, 1, 2], folder=tmp_path)
+    figures = {"a": (2.0, 3.0, 4.0), "b": (1.9, 2.8, 3.7)}
+    for name, values in figures.items():
+        for seed, value in enumerate(values):
+            (tmp_path / f"{name}-{seed}").mkdir()
+            result = {"bits_per_byte": value, "teacher": 1.0, "aware": None, "seconds_per_step": 0.5}
+            (tmp_path / f"{name}-{seed}" / RESULT).write_text(json.dumps(result))
+    rows = table(ablation).splitlines()
+    # Differences -0.1, -0.2, -0.3: mean -0.2, standard deviation 0.1, error 0.1 / sqrt(3).
+    assert rows[-1] == "| b | 3 | 2.8000 | 0.9000 | -0.2000 | 0.0577 | 1.0000 | 0.500 |"
+    (tmp_path / "b-2" / RESULT).unlink()
+    assert table(ablation).splitlines()[-1].startswith("| b | 2 | 2.3500 |")
