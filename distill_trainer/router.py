@@ -38,6 +38,17 @@ class RouterOutput:
     importance: Tensor
     capacity_logits: Tensor
 
+    def settled(self) -> "RouterOutput":
+        """The same decision, of which only the capacity is still learned."""
+        return RouterOutput(
+            self.router_logits.detach(),
+            self.routing_weights.detach(),
+            self.selected_experts,
+            self.capacity,
+            self.importance.detach(),
+            self.capacity_logits,
+        )
+
 
 class StudentAwareRouter(nn.Module):
     """Route each anchor to the teacher's experts by the teacher's gate, the student's state, capacity and gap.

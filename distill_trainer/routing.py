@@ -57,6 +57,9 @@ class Routing(nn.Module):
                 min(values.top_k, gate_logits.shape[-1]),
                 values.router_temperature,
             )
+            if not values.router_learns:
+                # Without a gradient to the weights the layers above keep no graph.
+                decision = decision.settled()
             decisions[layer] = decision, own, gate_logits
             if self.num_samples and layer == max(teacher.routed.depth):
                 weights, selected_experts = sample_experts(
@@ -68,8 +71,7 @@ class Routing(nn.Module):
                 return selected_experts, weights
             return decision.selected_experts, decision.routing_weights
 
-        with torch.set_grad_enabled(torch.is_grad_enabled() and values.router_learns):
-            rerouted = teacher.reroute(at.teacher, choose)
+        rerouted = teacher.reroute(at.teacher, choose)
         top = max(decisions)
         router, own, gate_logits = decisions.pop(top)
         residual = rerouted.residual.mean(dim=1) if self.num_samples else rerouted.residual

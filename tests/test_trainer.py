@@ -298,6 +298,8 @@ def test_a_target_that_no_loss_compares_is_an_error(tmp_path):
 def test_the_router_learns_in_its_steps_only(tmp_path):
     trainer = tiny_trainer(tmp_path, router_layers="all", router_interval=2, router_until=0.5, max_steps=8)
     moved, before = [], None
+    capacity = trainer.distillation_model.routing.routers["0"].capacity_output.weight
+    start, fitted = capacity.detach().clone(), []
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -305,10 +307,13 @@ def test_the_router_learns_in_its_steps_only(tmp_path):
             now = model.routing.routers["0"].query.weight.detach().clone()
             moved.append(bool((now != (0 if before is None else before)).any()))
             before = now
+            fitted.append(capacity.detach().clone())
 
     trainer.add_callback(Watch())
     trainer.train()
     assert moved == [True, False, True, False, False, False, False, False]
+    # The student goes on changing, and the estimate of its capacity with it.
+    assert all(not torch.equal(a, b) for a, b in zip([start, *fitted], fitted, strict=False))
     assert len(logged(trainer, "distill/router_ce")) == 8
 
 
