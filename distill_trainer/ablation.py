@@ -5,6 +5,7 @@ import math
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -74,7 +75,7 @@ def read_ablation(argv: Sequence[str] | None = None) -> Ablation | None:
     """
     first, *flags = list(sys.argv[1:] if argv is None else argv) or [""]
     path = Path(first)
-    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+    if path.suffix not in (".yaml", ".yml") or not path.is_file() or {"-h", "--help"} & set(flags):
         return None
     try:
         # Plain text as for all config files: their parser knows the types.
@@ -114,11 +115,11 @@ def run_ablation(ablation: Ablation) -> str:
     todo = []
     for seed in ablation.seeds:
         for name in ablation.variants:
-            folder = run_folder(ablation, name, seed)
             settings = settings_of(ablation, name, seed)
-            result = folder / RESULT
+            result = run_folder(ablation, name, seed) / RESULT
             if not result.is_file():
-                todo.append((folder, settings))
+                check_settings(name, settings, ablation.flags)
+                todo.append((result.parent, settings))
             elif json.loads(result.read_text(encoding="utf-8"))["made_with"] != made_with(settings, ablation.flags):
                 raise ConfigurationError(
                     f"{result} was made with other settings. Give another output_dir, or delete it."
@@ -126,7 +127,6 @@ def run_ablation(ablation: Ablation) -> str:
     for folder, settings in todo:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-        parse_arguments([str(folder / CONFIG), *ablation.flags])
     threads = max((os.cpu_count() or 1) // ablation.jobs, 1)
     # A fresh process for each run: no run sees another's random numbers, threads or memory.
     with ProcessPoolExecutor(ablation.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
@@ -147,6 +147,21 @@ def settings_of(ablation: Ablation, name: str, seed: int) -> dict[str, Any]:
     """The settings of one run, as text."""
     own = {"seed": str(seed), "output_dir": str(run_folder(ablation, name, seed))}
     return {**ablation.settings, **ablation.variants[name], **FIXED, **own}
+
+
+def check_settings(name: str, settings: dict[str, Any], flags: list[str]) -> None:
+    """Parse the settings of a variant as its run will.
+
+    Raises:
+        ConfigurationError: If one is wrong.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / CONFIG
+        path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        try:
+            parse_arguments([str(path), *flags])
+        except ConfigurationError as error:
+            raise ConfigurationError(f"variant {name}: {str(error).removeprefix(f'{path}: ')}") from error
 
 
 def made_with(settings: dict[str, Any], flags: list[str]) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def test_every_command_is_one_that_these_tests_know():
         r"python -m distill_trainer\.\w+.*",
         r"python -c .*",
         r"python tests/test_readme\.py",
-        r"python tests/benchmarks/bench_\w+\.py",
+        r"python tests/benchmarks/(bench_\w+|ablation|native_teacher)\.py",
         r"pytest|ruff check \.|ruff format --check \.|mypy distill_trainer run_distillation\.py",
         r"export CUDA_VISIBLE_DEVICES=0",
     ]
@@ -122,7 +122,10 @@ def test_every_command_is_one_that_these_tests_know():
         assert any(re.fullmatch(pattern, line) for pattern in known), line
 
 
-@pytest.mark.parametrize("name", ["bench_kl_methods", "bench_logit_loss"])
+BENCHMARKS = ["ablation", "bench_kl_methods", "bench_logit_loss", "bench_router", "native_teacher"]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_the_benchmarks_of_the_tables_start(name):
     done = subprocess.run(
         [sys.executable, ROOT / f"tests/benchmarks/{name}.py", "--help"],

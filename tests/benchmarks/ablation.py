@@ -13,4 +13,6 @@ from pathlib import Path
 from run_distillation import main
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        sys.exit(print(__doc__))
     sys.exit(main([str(Path(__file__).parents[2] / "configs" / "ablation.yaml"), *sys.argv[1:]]))
