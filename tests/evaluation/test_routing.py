@@ -276,6 +276,20 @@ def test_examples_are_the_middle_of_long_windows(monkeypatch):
     assert gaps == decision.gap[first : first + 5].tolist() and 1 < first < count - 6
 
 
+def test_examples_are_found_in_whichever_batch_their_window_is():
+    batches = [collated(2), collated(5), collated(3, padding_side="left")]
+    figures, decisions = recorded(batches)
+    chosen, number, expected = passage_windows(batches), 0, []
+    for decision in decisions:
+        ends = decision.mask.sum(dim=1).cumsum(0).tolist()
+        for start, end in zip([0, *ends], ends, strict=False):
+            if number in chosen and end - start > 1:
+                expected.append(decision.gap[start + 1 : end].tolist())
+            number += 1
+    assert [[token["gap"] for token in example["tokens"]] for example in figures["examples"]] == expected
+    assert len(expected) > 2
+
+
 def test_a_piece_is_the_whole_text_since_the_anchor_before():
     # With exchanged sides one student token is often several of the teacher's.
     batch = collated(5, sides=EXCHANGED)
