@@ -1,13 +1,11 @@
-"""Where two models agree: beliefs and attention of student and teacher at anchors, and the router's choices."""
+"""Where two models agree: beliefs and attention of student and teacher at anchors."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distill_trainer.aligned import RoutedBatch
 from distill_trainer.errors import UnsupportedModelError
 from distill_trainer.evaluation.measure import evaluating, side_inputs
 from distill_trainer.losses.attention import attention_rows, pool_spans
@@ -15,7 +13,7 @@ from distill_trainer.taps import decoder_layers, run_trunk
 
 # Rows of the vocabulary at a time: 256 float32 rows of 152k tokens are 156 MB.
 ANCHORS_PER_CHUNK = 256
-ROUTER_KEYS = ("expert_load", "gate_load", "changed_fraction", "entropy", "top_k", "capacity", "gap")
+GAP_GROUPS = 10
 
 
 def anchor_index(batch: dict[str, Tensor], side: str, mask: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -37,13 +35,13 @@ def replace_at_anchors(values: Tensor, rows: Tensor, batch: dict[str, Tensor], m
     return values.index_put_(index, rows.to(device=values.device, dtype=values.dtype))
 
 
-def retention_sums(
+def retention_values(
     student_logits: Tensor,
     teacher_logits: Tensor,
     batch: dict[str, Tensor],
     teacher_log_probs: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Knowledge retention, summed over the anchors of a batch.
+    """Knowledge retention at each anchor of a batch.
 
     Args:
         student_logits: `(batch_size, student_sequence_length, student_vocab_size)`.
@@ -52,7 +50,7 @@ def retention_sums(
         teacher_log_probs: Maps teacher logits to log-probabilities over the student's vocabulary.
 
     Returns:
-        `(4,)` float64: KL(teacher || student) in nats, top-1 agreement, top-5 overlap, number of anchors.
+        `(num_anchors, 3)` float64 on the CPU: KL(teacher || student) in nats, top-1 agreement, top-5 overlap.
     """
     from distill_trainer.evaluation.metrics.knowledge_retention.knowledge_retention import retention_per_position
 
@@ -61,12 +59,51 @@ def retention_sums(
     teacher_index = anchor_index(batch, "teacher", mask, teacher_logits.device)
     student_chunks = student_logits[student_index].split(ANCHORS_PER_CHUNK)
     teacher_chunks = teacher_logits[teacher_index].split(ANCHORS_PER_CHUNK)
-    sums = torch.zeros(4, dtype=torch.float64)
+    values = []
     for student_rows, teacher_rows in zip(student_chunks, teacher_chunks, strict=True):
         teacher_logprobs = teacher_log_probs(teacher_rows.float()).to(student_rows.device)
-        values = retention_per_position(student_rows.float().log_softmax(dim=-1), teacher_logprobs)
-        sums += torch.cat([values.sum(dim=0), values.new_tensor([len(values)])])
-    return sums
+        values.append(retention_per_position(student_rows.float().log_softmax(dim=-1), teacher_logprobs))
+    return torch.cat(values)
+
+
+def quantile_groups(values: Tensor, num_groups: int) -> list[Tensor]:
+    """Indices of `values` `(num_values,)` in groups of equal size (one more or less), the lowest values first.
+
+    Equal values stay together, so the order of the anchors decides nothing; where many are equal, groups differ in
+    size and there may be fewer.
+    """
+    # How many values lie below each one.
+    ranks = torch.searchsorted(values.sort().values, values.contiguous())
+    groups = ranks * num_groups // max(len(values), 1)
+    found = ((groups == group).nonzero()[:, 0] for group in range(num_groups))
+    return [members for members in found if len(members)]
+
+
+def gap_deciles(
+    before: Tensor | None, after: Tensor, baseline: Tensor | None
+) -> list[dict[str, float | int | None]] | None:
+    """Where training closed the gap: anchors in ten groups by the gap before training, the smallest first.
+
+    Args:
+        before: KL(teacher || student) of the student before training, nats, `(num_anchors,)`. None if unknown.
+        after: The same of the distilled student.
+        baseline: The same of the student that was trained without a teacher. None if unknown.
+
+    Returns:
+        For each group its `anchors` and the mean gap `before`, `after` and of the `baseline` (None without one); None
+        without `before`.
+    """
+    if before is None:
+        return None
+    return [
+        {
+            "anchors": len(members),
+            "before": before[members].mean().item(),
+            "after": after[members].mean().item(),
+            "baseline": None if baseline is None else baseline[members].mean().item(),
+        }
+        for members in quantile_groups(before, GAP_GROUPS)
+    ]
 
 
 def gap_closed(before: float | None, after: float | None, teacher: float | None) -> float | None:
@@ -122,52 +159,3 @@ def _last_layer_spans(model: PreTrainedModel, batch: dict[str, Tensor], side: st
     taps = run_trunk(model, input_ids, attention_mask, attention_layers=(last,)).attentions[last]
     rows = attention_rows(taps.query, taps.key, positions, attention_mask.bool(), taps.scaling)
     return pool_spans(rows.mean(dim=1, keepdim=True), positions, batch["anchor_mask"].to(model.device))[:, 0].cpu()
-
-
-def router_sums(routed: RoutedBatch) -> dict[str, Tensor]:
-    """The router's choices, summed over the anchors of one batch.
-
-    Args:
-        routed: With a router's decision.
-
-    Returns:
-        float64: `expert_load` (routing weight) and `gate_load` (selections) `(num_experts,)`; scalars `changed`,
-        `entropy` (nats), `capacity`, `gap` and `anchors`.
-    """
-    decision = routed.router
-    # On the CPU, because not every accelerator has float64.
-    logits, weights = decision.router_logits.cpu().double(), decision.routing_weights.cpu().double()
-    selected, gate = decision.selected_experts.cpu(), routed.gate_experts.cpu()
-    none = torch.zeros(logits.shape[-1], dtype=torch.float64)
-    return {
-        "expert_load": none.index_add(0, selected.flatten(), weights.flatten()),
-        "gate_load": none.index_add(0, gate.flatten(), torch.ones(gate.numel(), dtype=torch.float64)),
-        "changed": (selected[:, 0] != gate[:, 0]).double().sum(),
-        "entropy": torch.special.entr(logits.softmax(dim=-1)).sum(),
-        "capacity": decision.capacity.cpu().double().sum(),
-        "gap": routed.gap.cpu().double().sum(),
-        "anchors": torch.tensor(float(len(logits)), dtype=torch.float64),
-    }
-
-
-def router_figures(sums: dict[str, Tensor], top_k: int) -> dict[str, Any]:
-    """The report's `router` part from sums over all anchors, see `router_sums`; all null without any sums.
-
-    Returns:
-        `expert_load` (share of the routing weight per expert), `gate_load` (share of the gate's selections),
-        `changed_fraction` (anchors whose first expert is not the gate's first), mean `entropy` (nats), `capacity`
-        and `gap` (nats), and `top_k`.
-    """
-    if not sums:
-        return dict.fromkeys(ROUTER_KEYS)
-    anchors = sums["anchors"].item()
-    values = (
-        (sums["expert_load"] / sums["expert_load"].sum()).tolist(),
-        (sums["gate_load"] / sums["gate_load"].sum()).tolist(),
-        sums["changed"].item() / anchors,
-        sums["entropy"].item() / anchors,
-        top_k,
-        sums["capacity"].item() / anchors,
-        sums["gap"].item() / anchors,
-    )
-    return dict(zip(ROUTER_KEYS, values, strict=True))

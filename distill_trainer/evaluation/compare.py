@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,9 @@ from distill_trainer.errors import DataError
 from distill_trainer.evaluation.agreement import (
     attention_similarity,
     gap_closed,
+    gap_deciles,
     replace_at_anchors,
-    retention_sums,
-    router_figures,
-    router_sums,
+    retention_values,
 )
 from distill_trainer.evaluation.environment import describe_environment
 from distill_trainer.evaluation.measure import (
@@ -31,8 +30,8 @@ from distill_trainer.evaluation.measure import (
     measure_speed,
     model_size,
     score_logits,
-    score_tokens,
 )
+from distill_trainer.evaluation.routing import RoutingRecord, true_token_answers
 from distill_trainer.loading import load_causal_lm
 
 NAME = (str, Path)
@@ -76,7 +75,8 @@ def evaluate_models(
         max_length: Longest window, in student tokens.
         batch_size: Windows per batch.
         student_before: The student as it was before training. None leaves its figures null. This and `baseline` are
-            measured on the student's device; by name they are loaded in its dtype.
+            measured on the student's device, which holds all students at once for that; by name they are loaded in
+            its dtype.
         baseline: The student fine-tuned on the same batches without a teacher. None leaves its figures null.
         route: Maps a batch to the student-aware teacher at its anchors, as `DistillationTrainer.route` does. None, or
             a result without a router's decision, leaves these figures null.
@@ -97,33 +97,35 @@ def evaluate_models(
     device = devices[0] if devices else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student, teacher = _loaded(student, device), _loaded(teacher, device)
     batches, data = _collate(texts, student_tokenizer, teacher_tokenizer, max_length, batch_size)
-    joint = _joint_pass(student, teacher, student_tokenizer, teacher_tokenizer, batches, route)
+    others = {"student_before": student_before, "baseline": baseline}
+    students = {
+        role: _loaded(m, student.device, floating_dtype(student)) for role, m in others.items() if m is not None
+    }
+    students["student"] = student
+    joint = _joint_pass(students, teacher, student_tokenizer, teacher_tokenizer, batches, route)
     words_per_byte = sum(len(text.split()) for text in texts) / data["eval_bytes"]
     dtype = torch.promote_types(floating_dtype(student), floating_dtype(teacher))
     figures: dict[str, dict | None] = {"student_before": dict.fromkeys(MODEL_KEYS), "baseline": None}
-    models = {"teacher": teacher, "student_before": student_before, "student": student, "baseline": baseline}
-    for role, model in models.items():
-        if model is None:
-            continue
-        model = _loaded(model, student.device, floating_dtype(student))
+    for role, model in {"teacher": teacher, **students}.items():
         side = "teacher" if role == "teacher" else "student"
         with _on(model, teacher.device if role == "teacher" else student.device):
-            scores = joint["scores"].get(role) or score_tokens(model, batches, side)
             speed = measure_speed(model, max(batches, key=_scored_bytes), side, dtype=dtype)
         name = (names or {}).get(role) or getattr(model.config, "_name_or_path", "") or type(model).__name__
-        figures[role] = {"name": name, **model_size(model), **_likelihoods(scores, words_per_byte), **speed}
+        likelihoods = _likelihoods(joint["scores"][role], words_per_byte)
+        figures[role] = {"name": name, **model_size(model), **likelihoods, **speed}
     environment = describe_environment(student, teacher, dtype, command)
     similarity = attention_similarity(student, teacher, batches[:: -(-len(batches) // ATTENTION_BATCHES)])
     environment["evaluation_seconds"] = time.perf_counter() - start
     environment["seconds"] = seconds + environment["evaluation_seconds"]
     return {
         "schema": 1,
-        **{role: figures[role] for role in models},
+        **{role: figures[role] for role in ("teacher", "student_before", "student", "baseline")},
         "student_aware_teacher": joint["student_aware_teacher"],
         "compression": _compression(figures, student, teacher),
-        "retention": _retention(joint["retention"], figures),
+        "retention": _retention(joint["retention"]["student"], figures),
         "attention": {"similarity": similarity},
         "router": joint["router"],
+        "gap": {"deciles": _gap_deciles(joint["retention"])},
         "data": data | {key: value for key, value in (statistics or {}).items() if value is not None},
         "environment": environment,
     }
@@ -153,48 +155,58 @@ def _scored_bytes(batch: dict[str, Tensor]) -> int:
 
 
 def _joint_pass(
-    student: PreTrainedModel,
+    students: dict[str, PreTrainedModel],
     teacher: PreTrainedModel,
     student_tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizer: PreTrainedTokenizerBase,
     batches: list[dict[str, Tensor]],
     route: Callable[[dict[str, Tensor]], RoutedBatch] | None,
 ) -> dict[str, Any]:
-    """All that needs both models' logits side by side, in one pass over the batches."""
-    projection, retention, top_k = None, torch.zeros(4, dtype=torch.float64), 0
-    routing: dict[str, Tensor] = {}
-    scores = {role: {"nll": 0.0, "bytes": 0, "tokens": 0} for role in ("student", "teacher", "aware")}
+    """All that needs the logits of several models side by side, in one pass over the batches.
+
+    Only `students["student"]` is looked at together with the router.
+    """
+    device, projection = students["student"].device, None
+    retention: dict[str, list[Tensor]] = {role: [] for role in students}
+    routing = RoutingRecord(teacher_tokenizer, batches)
+    scores = {role: {"nll": 0.0, "bytes": 0, "tokens": 0} for role in (*students, "teacher", "aware")}
 
     def add(role: str, logits: Tensor, batch: dict[str, Tensor], side: str) -> None:
         for key, value in score_logits(logits, batch, side).items():
             scores[role][key] += value
 
-    with evaluating(student, teacher):
+    with ExitStack() as stack:
+        for model in students.values():
+            stack.enter_context(_on(model, device))
+        stack.enter_context(evaluating(*students.values(), teacher))
         for batch in batches:
-            batch = {key: value.to(student.device) for key, value in batch.items()}
-            student_logits = forward_logits(student, batch, "student")
+            batch = {key: value.to(device) for key, value in batch.items()}
             teacher_logits = forward_logits(teacher, batch, "teacher")
-            add("student", student_logits, batch, "student")
             add("teacher", teacher_logits, batch, "teacher")
-            if projection is None:
-                sizes = teacher_logits.shape[-1], student_logits.shape[-1]
-                projection = VocabularyProjection.from_tokenizers(teacher_tokenizer, student_tokenizer, *sizes)
-                projection = projection.to(teacher_logits.device)
-            retention += retention_sums(student_logits, teacher_logits, batch, projection.log_probs)
+            for role, model in students.items():
+                logits = forward_logits(model, batch, "student")
+                add(role, logits, batch, "student")
+                if projection is None:
+                    sizes = teacher_logits.shape[-1], logits.shape[-1]
+                    projection = VocabularyProjection.from_tokenizers(teacher_tokenizer, student_tokenizer, *sizes)
+                    projection = projection.to(teacher_logits.device)
+                retention[role].append(retention_values(logits, teacher_logits, batch, projection.log_probs))
+                if role == "student":
+                    answers = true_token_answers(logits, batch)
+                del logits
             routed = route(batch) if route else None
             if routed is None or routed.router is None:
                 continue
             # The router speaks at anchors only; everywhere else the teacher keeps its own belief.
             replace_at_anchors(teacher_logits, routed.logits, batch, routed.mask)
             add("aware", teacher_logits, batch, "teacher")
-            sums, top_k = router_sums(routed), routed.router.selected_experts.shape[1]
-            routing = {key: value + routing[key] for key, value in sums.items()} if routing else sums
+            routing.add(routed, answers, batch)
     aware = scores.pop("aware")
     return {
         "scores": scores,
-        "retention": retention,
-        "student_aware_teacher": {"bits_per_byte": _bits_per_byte(aware) if routing else None},
-        "router": router_figures(routing, top_k),
+        "retention": {role: torch.cat(values) for role, values in retention.items()},
+        "student_aware_teacher": {"bits_per_byte": _bits_per_byte(aware) if aware["bytes"] else None},
+        "router": routing.figures(),
     }
 
 
@@ -255,13 +267,18 @@ def _compression(
     return ratios
 
 
-def _retention(sums: Tensor, figures: dict[str, dict | None]) -> dict[str, float | None]:
-    divergence, agreement, overlap, anchors = sums.tolist()
+def _retention(values: Tensor, figures: dict[str, dict | None]) -> dict[str, float | None]:
+    divergence, agreement, overlap = values.mean(dim=0).tolist()
     bits = {role: (model or {}).get("bits_per_byte") for role, model in figures.items()}
     return {
-        "kl_divergence": divergence / anchors,
-        "top1_agreement": agreement / anchors,
-        "top5_overlap": overlap / anchors,
+        "kl_divergence": divergence,
+        "top1_agreement": agreement,
+        "top5_overlap": overlap,
         "gap_closed": gap_closed(bits["student_before"], bits["student"], bits["teacher"]),
         "gap_closed_baseline": gap_closed(bits["student_before"], bits["baseline"], bits["teacher"]),
     }
+
+
+def _gap_deciles(retention: dict[str, Tensor]) -> list[dict[str, float | int | None]] | None:
+    gaps = {role: values[:, 0] for role, values in retention.items()}
+    return gap_deciles(gaps.get("student_before"), gaps["student"], gaps.get("baseline"))

@@ -3,7 +3,7 @@
 import functools
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -83,27 +83,6 @@ def score_logits(logits: Tensor, batch: dict[str, Tensor], side: str = "student"
         losses = F.cross_entropy(row_logits[row_counted].float(), row_labels[row_counted], reduction="none")
         nll += losses.cpu().double().sum().item()
     return {"nll": nll, "bytes": int(batch["scored_bytes"].sum()), "tokens": int(counted.sum())}
-
-
-def score_tokens(
-    model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], side: str = "student"
-) -> dict[str, float | int]:
-    """Negative log-likelihood of all scored tokens (see `scored_tokens`) and how many bytes and tokens they are.
-
-    Args:
-        model: Any causal language model.
-        batches: Collated batches; a list or a DataLoader.
-        side: "student" or "teacher": whose token ids the model reads.
-
-    Returns:
-        `nll` in nats, `bytes` and `tokens`, summed over the batches.
-    """
-    totals = {"nll": 0.0, "bytes": 0, "tokens": 0}
-    with evaluating(model):
-        for batch in batches:
-            scores = score_logits(forward_logits(model, batch, side), batch, side)
-            totals = {key: totals[key] + scores[key] for key in totals}
-    return totals
 
 
 def active_parameters(model: PreTrainedModel) -> int:

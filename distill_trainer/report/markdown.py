@@ -4,7 +4,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from distill_trainer.report.plots import Plot
-from distill_trainer.report.tables import FOOTNOTE, sections, token_rows
+from distill_trainer.report.tables import (
+    FOOTNOTE,
+    RELIABILITY_HEADER,
+    RELIABILITY_NOTE,
+    decile_note,
+    decile_table,
+    reliability_rows,
+    sections,
+    token_rows,
+)
 from distill_trainer.report.wording import ROLES, model_rows, number, parameters, perplexity, sentences, short, verdict
 
 
@@ -16,6 +25,11 @@ def markdown_page(report: dict[str, Any], plots: Sequence[Plot]) -> str:
         parts += [f"## {plot.title}", _picture(plot)]
     for title, rows in sections(report):
         parts += [f"## {title}", _table(("", "value"), rows)]
+    if deciles := decile_table(report):
+        title = "## Gap to the teacher by decile, nats"
+        parts += [title, _table(deciles[0], deciles[1:]), _text(decile_note(report))]
+    if bins := reliability_rows(report):
+        parts += ["## Reliability of the capacity", _table(RELIABILITY_HEADER, bins), RELIABILITY_NOTE]
     parts += ["## Token figures (not comparable between tokenizers)", _token_table(report), FOOTNOTE]
     command = (report.get("environment") or {}).get("command")
     if command:

@@ -1,10 +1,12 @@
 """The report as one HTML file that opens from disk: no scripts, no network, plots as files beside it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from distill_trainer.report.elements import facts, figure, note, table
 from distill_trainer.report.plots import Plot
+from distill_trainer.report.router import gap_panel, router_panel
 from distill_trainer.report.style import STYLE
 from distill_trainer.report.tables import FOOTNOTE, sections, token_rows
 from distill_trainer.report.wording import (
@@ -20,16 +22,14 @@ from distill_trainer.report.wording import (
     verdict,
 )
 
-# More rows than this would bury the page; the busiest are shown.
-MAX_EXPERT_ROWS = 16
-
 
 def html_page(report: dict[str, Any], plots: Sequence[Plot]) -> str:
     """The whole report as one page, readable from 360 pixels, light and dark. All text is escaped."""
     student, teacher = (str((report.get(role) or {}).get("name") or role) for role in ("student", "teacher"))
     command = (report.get("environment") or {}).get("command")
-    lists = {title: _facts(title, rows) for title, rows in sections(report)}
-    router = _router_panel(report.get("router") or {}, lists.pop("Router", ""))
+    lists = {title: facts(title, rows) for title, rows in sections(report)}
+    router = router_panel(report, plots, lists.pop("Router", ""))
+    training = "".join(figure(plot) for plot in plots if plot.section == "training")
     body = [
         f"<header><p class=eyebrow>Distillation report</p><h1>{escape(student)}</h1>",
         f"<p class=from>distilled from <b>{escape(teacher)}</b></p></header>",
@@ -37,13 +37,13 @@ def html_page(report: dict[str, Any], plots: Sequence[Plot]) -> str:
         _headline(report),
         "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences(report)),
         _tiles(report),
-        "<h2>Training</h2>" if plots else "",
-        f"<div class=grid>{''.join(map(_figure, plots))}</div>",
+        f"<h2>Training</h2><div class=grid>{training}</div>" if training else "",
+        gap_panel(report, plots),
         router,
-        f"<div class=grid>{''.join(lists.values())}</div>",
+        f"<h2>Figures</h2><div class=grid>{''.join(lists.values())}</div>" if lists else "",
         "<h2>Models</h2>",
-        _table(("", "name", "token perplexity", "tokens/s", "memory"), token_rows(report)),
-        f"<p class=note>{escape(FOOTNOTE)}</p>",
+        table(("", "name", "token perplexity", "tokens/s", "memory"), token_rows(report), "models"),
+        note(FOOTNOTE),
         f"<h2>Command</h2><pre>{escape(command)}</pre>" if command else "",
     ]
     return (
@@ -89,53 +89,3 @@ def _tiles(report: dict[str, Any]) -> str:
     )
     shown = "".join(f"<li><b>{value}</b> {label}</li>" for value, label in tiles if value != "-")
     return f"<ul class=tiles>{shown}</ul>" if shown else ""
-
-
-def _figure(plot: Plot) -> str:
-    name, alt = escape(plot.name), escape(plot.alt)
-    return (
-        f'<figure><figcaption>{escape(plot.title)}</figcaption><picture><source media="(prefers-color-scheme: dark)" '
-        f'srcset="{name}-dark.png"><img src="{name}.png" alt="{alt}"></picture></figure>'
-    )
-
-
-def _router_panel(router: dict[str, Any], facts: str) -> str:
-    """Facts about the router beside a bar per expert: the student-aware share and the gate's own."""
-    loads = router.get("expert_load")
-    if not loads:
-        return facts
-    gate = router.get("gate_load") or [None] * len(loads)
-    order = list(range(len(loads)))
-    if len(loads) > MAX_EXPERT_ROWS:
-        order = sorted(order, key=lambda expert: -loads[expert])[:MAX_EXPERT_ROWS]
-    rows = "".join(
-        f"<tr><th scope=row>{expert}</th><td>{_bar(loads[expert], 'student')}{_bar(gate[expert], 'teacher')}</td>"
-        f"<td>{percent(loads[expert])}</td><td>{percent(gate[expert])}</td></tr>"
-        for expert in order
-    )
-    kept = "" if len(loads) == len(order) else f" The busiest {len(order)} of {len(loads)}."
-    return (
-        f"<h2>Student-aware router</h2><div class=grid>{facts}"
-        "<section class=card><h3>Expert load on held-out text</h3><table class=bars><thead><tr>"
-        "<th scope=col>expert</th><td></td><th scope=col class=router>router</th><th scope=col class=gate>gate</th>"
-        f"</tr></thead><tbody>{rows}</tbody></table><p class=note>Router: share of the routing weight. "
-        f"Gate: share of the teacher's own selections.{kept}</p></section></div>"
-    )
-
-
-def _bar(share: float | None, kind: str) -> str:
-    return f'<i class="bar {kind}" style="width:{100 * (share or 0):.1f}%"></i>'
-
-
-def _facts(title: str, rows: Iterable[tuple[str, str]]) -> str:
-    items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in rows)
-    return f"<section class=card><h3>{escape(title)}</h3><dl>{items}</dl></section>"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th scope=col>{escape(name)}</th>" for name in header)
-    lines = (
-        f"<tr><th scope=row>{escape(row[0])}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in row[1:])}</tr>"
-        for row in rows
-    )
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"

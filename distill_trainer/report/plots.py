@@ -1,49 +1,12 @@
-"""The report's plots as PNG bytes, each drawn twice: for a light and for a dark page."""
+"""The report's plots of the training, and the list of all plots."""
 
-import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
+from distill_trainer.report.drawing import THEMES, Drawing, History, Plot, legend, render, series
+from distill_trainer.report.router_plots import GAP_DRAWINGS, ROUTER_DRAWINGS
 from distill_trainer.report.wording import bits
 from distill_trainer.schedules import LOSS_NAMES
-
-THEMES = {
-    "": {"page": "#ffffff", "text": "#1f2933", "muted": "#5f6b7a", "grid": "#e3e7ec"},
-    "-dark": {"page": "#171c23", "text": "#e6eaf0", "muted": "#9aa7b5", "grid": "#2b333d"},
-}
-COLORS = {
-    "": ("#2563eb", "#d97706", "#0f9d74", "#db2777", "#7c3aed", "#64748b"),
-    "-dark": ("#6aa5ff", "#f5b045", "#3ccf9f", "#f47bb5", "#ab8dff", "#94a3b8"),
-}
-# Small figures with the page's own type size: they stay readable when a phone scales them to 330 pixels.
-WIDTH_INCHES, DOTS_PER_INCH = 4.8, 200
-# A legend of more experts than this would be taller than the plot.
-MAX_NAMED_EXPERTS = 8
-History = list[dict[str, Any]]
-
-
-@dataclass
-class Plot:
-    """One plot of the report.
-
-    Attributes:
-        name: File name without theme and suffix.
-        title: Heading.
-        alt: What the plot shows, for those who do not see it.
-        files: PNG bytes by file name, `name.png` and `name-dark.png`.
-    """
-
-    name: str
-    title: str
-    alt: str
-    files: dict[str, bytes]
-
-
-def series(history: History, key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one logged metric; entries without it are skipped."""
-    points = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None and "step" in entry]
-    return [step for step, _ in points], [value for _, value in points]
 
 
 def draw_plots(
@@ -60,67 +23,15 @@ def draw_plots(
     last = max((entry.get("step", 0) for entry in history), default=0)
     marks = [fraction * last for fraction in phases if 0 < fraction < 1]
     plots = []
-    for name, title, alt, height, draw in PLOTS:
+    for drawing in (*TRAINING_DRAWINGS, *ROUTER_DRAWINGS, *GAP_DRAWINGS):
         files = {}
         for theme in THEMES:
-            content = _render(draw, (report, history, baseline_history), theme, height, marks)
+            content = render(drawing, (report, history, baseline_history), theme, marks)
             if content is not None:
-                files[f"{name}{theme}.png"] = content
+                files[f"{drawing.name}{theme}.png"] = content
         if files:
-            plots.append(Plot(name, title, alt, files))
+            plots.append(Plot(drawing.name, drawing.title, drawing.alt, files, drawing.section))
     return plots
-
-
-def _render(
-    draw: Callable[..., bool], arguments: tuple, theme: str, height: float, marks: Sequence[float]
-) -> bytes | None:
-    """PNG bytes of what `draw` puts on a figure, with dotted lines at `marks`; None if it says there is nothing."""
-    # Figure without pyplot draws with Agg on any machine and touches no global state.
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    page = THEMES[theme]
-    style: dict[Any, Any] = {
-        "figure.facecolor": page["page"],
-        "axes.facecolor": page["page"],
-        "savefig.facecolor": page["page"],
-        "text.color": page["text"],
-        "axes.labelcolor": page["muted"],
-        "axes.edgecolor": page["grid"],
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": 10,
-        "axes.titlelocation": "left",
-        "grid.color": page["grid"],
-        "xtick.color": page["muted"],
-        "ytick.color": page["muted"],
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-        "ytick.minor.size": 0,
-        "font.size": 10,
-        "legend.fontsize": 10,
-        "legend.frameon": False,
-        "lines.linewidth": 2,
-        "lines.solid_capstyle": "round",
-    }
-    with rc_context(style):
-        figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
-        if not draw(figure, COLORS[theme], *arguments):
-            return None
-        for axes in figure.axes:
-            for mark in marks:
-                axes.axvline(mark, color=page["muted"], linewidth=1, linestyle=":")
-        figure.axes[-1].set_xlabel("optimizer step")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
-    return buffer.getvalue()
-
-
-def _legend(figure: Any, axes: Any, columns: int) -> None:
-    """Legend of one axes under the whole figure."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, handlelength=1.5)
 
 
 def _draw_bits_per_byte(figure, colors, report, history, baseline_history) -> bool:
@@ -145,7 +56,7 @@ def _draw_bits_per_byte(figure, colors, report, history, baseline_history) -> bo
             axes.axhline(level, color=color, linewidth=1.5, dashes=dashes, label=f"{label} {level:.3f}")
     axes.margins(y=0.08)
     axes.set_ylabel("bits per byte")
-    _legend(figure, axes, 2)
+    legend(figure, axes, 2)
     return True
 
 
@@ -161,30 +72,7 @@ def _draw_losses(figure, colors, report, history, baseline_history) -> bool:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_ylabel("loss, unweighted")
-    _legend(figure, axes, 3)
-    return True
-
-
-def _draw_expert_load(figure, colors, report, history, baseline_history) -> bool:
-    loads: list[tuple[list[float], list[float]]] = []
-    while (points := series(history, f"distill/expert_load_{len(loads)}"))[0]:
-        loads.append(points)
-    if not loads:
-        return False
-    from matplotlib import colormaps
-
-    few = len(loads) <= MAX_NAMED_EXPERTS
-    # Not the theme's colours: they stand for models. The ends of the ramp would vanish on a dark or a light page.
-    shades = [colormaps["viridis"](0.1 + 0.65 * i / max(len(loads) - 1, 1)) for i in range(len(loads))]
-    axes = figure.subplots()
-    labels = [f"expert {i}" if few else "" for i in range(len(loads))]
-    axes.stackplot(loads[0][0], *(values for _, values in loads), colors=shades, labels=labels)
-    axes.set_ylim(0, 1)
-    axes.margins(x=0)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    axes.set_ylabel("share of routing weight" if few else f"share of routing weight, {len(loads)} experts")
-    if few:
-        _legend(figure, axes, min(len(loads), 4))
+    legend(figure, axes, 3)
     return True
 
 
@@ -216,21 +104,16 @@ def _draw_schedules(figure, colors, report, history, baseline_history) -> bool:
     return True
 
 
-PLOTS = (
-    (
+TRAINING_DRAWINGS = (
+    Drawing(
         "bits_per_byte",
         "Bits per byte (curves: validation text, lines: test text)",
         "The student over training, beside the student without a teacher, the teacher's level and the start",
         3.4,
         _draw_bits_per_byte,
     ),
-    ("losses", "Loss parts", "Each loss over training, on a logarithmic scale", 3.4, _draw_losses),
-    ("expert_load", "Expert load", "Share of the routing weight per expert over training", 5.2, _draw_expert_load),
-    (
-        "schedules",
-        "Schedules",
-        "Top-k, temperatures and effective loss weights over training",
-        5.2,
-        _draw_schedules,
+    Drawing("losses", "Loss parts", "Each loss over training, on a logarithmic scale", 3.4, _draw_losses),
+    Drawing(
+        "schedules", "Schedules", "Top-k, temperatures and effective loss weights over training", 5.2, _draw_schedules
     ),
 )

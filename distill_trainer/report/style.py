@@ -1,4 +1,10 @@
-"""The style sheet of the HTML report."""
+"""The style sheet of the HTML report, and the colours of the experts."""
+
+# Apart from the models' colours and from each other, also without red or green; mixed with the page behind text.
+EXPERT_COLORS = ("#3fb0a0", "#d4687c", "#d9c25a", "#7d72d8", "#74bfe6", "#9a9a3c", "#b356a3", "#c98b57")
+_EXPERTS = "".join(
+    f".e{slot}{{background:color-mix(in srgb,{color} 42%,var(--card))}}" for slot, color in enumerate(EXPERT_COLORS)
+)
 
 STYLE = """
 :root{--page:#f5f7f9;--card:#fff;--text:#1f2933;--muted:#5f6b7a;--line:#e3e7ec;--student:#2563eb;--baseline:#d97706;
@@ -59,14 +65,40 @@ dd{margin:0;text-align:right;overflow-wrap:anywhere;font-variant-numeric:tabular
 .bar{display:block;height:8px;min-width:2px;border-radius:0 4px 4px 0;background:var(--student)}
 .bar.teacher{background:var(--teacher);margin-top:2px;height:5px}
 .scroll{overflow-x:auto;padding:4px 8px}
-.scroll td:nth-child(2){text-align:left;overflow-wrap:anywhere;min-width:12ch}
-.scroll th:nth-child(2){text-align:left}
-.note{color:var(--muted);font-size:14px}
+.models td:nth-child(2){text-align:left;overflow-wrap:anywhere;min-width:12ch}
+.models th:nth-child(2){text-align:left}
+.small{padding:0}
+.small th,.small td{padding:4px 6px;font-size:13px;white-space:nowrap}
+.note{color:var(--muted);font-size:14px;line-height:1.45}
+summary{cursor:pointer;color:var(--muted);font-size:14px}
+h4{font-size:14px;font-weight:600;margin:0}
+.legend{display:flex;flex-wrap:wrap;gap:4px 14px;list-style:none;margin:8px 0 12px;padding:0;font-size:13px;
+color:var(--muted)}
+.legend i{display:inline-block;min-width:20px;padding:0 4px;border-radius:3px;text-align:center;font-style:normal;
+color:var(--text)}
+.classes dt{max-width:none;color:var(--text);font-size:14px}
+.classes dt span{color:var(--muted);font-size:13px}
+.classes dd{margin:2px 0 10px}
+.stack{display:flex;height:18px;margin-bottom:2px;border-radius:3px;overflow:hidden}
+.stack.gate{height:14px;opacity:.8}
+.stack i{font:12px/18px system-ui,sans-serif;text-align:center;overflow:hidden}
+.stack.gate i{font-size:11px;line-height:14px}
+.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:0 32px}
+.pair p{margin:0 0 18px;line-height:1.75;overflow-wrap:anywhere}
+.pair span{padding:1px 1px 2px;border-radius:3px;border-bottom:2px solid transparent}
+.pair sub{font-size:10px;line-height:1;color:var(--muted)}
+.pair .other,.legend .other{border-bottom:2px solid var(--text);border-radius:3px 3px 0 0}
+.ex{background:color-mix(in srgb,var(--muted) 22%,var(--card))}
+.g1{background:color-mix(in srgb,var(--aware) 12%,var(--card))}
+.g2{background:color-mix(in srgb,var(--aware) 24%,var(--card))}
+.g3{background:color-mix(in srgb,var(--aware) 38%,var(--card))}
+.g4{background:color-mix(in srgb,var(--aware) 54%,var(--card))}
 pre{background:var(--card);border-radius:8px;padding:16px 20px;margin:0;white-space:pre-wrap;overflow-wrap:anywhere;
 font:14px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 @media(max-width:640px){main{padding:24px 14px 48px}.wide{display:none}th,td{padding:9px 6px;font-size:14px}
 .headline tbody th{white-space:normal;line-height:1.3}.headline td{line-height:1.3}
 .headline tbody th{padding-left:20px}.dot{left:6px;width:8px;height:8px;margin-top:-4px}.verdict{font-size:16px}
 .verdict,.tiles li,.card,figure,pre{padding:14px}.tiles{grid-template-columns:1fr 1fr;gap:10px}
-.tiles b{font-size:24px}}
+.tiles b{font-size:24px}.small th,.small td{padding:4px 3px;font-size:12px}}
 """
+STYLE += _EXPERTS

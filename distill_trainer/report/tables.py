@@ -4,6 +4,13 @@ from typing import Any
 
 from distill_trainer.report.wording import ROLES, bits, model_rows, number, percent, perplexity, short
 
+RELIABILITY_HEADER = ("estimated capacity", "true token", "top-1 right", "anchors")
+RELIABILITY_NOTE = (
+    "Anchors sorted by the capacity that the router estimates, in ten groups of equal size. On the line the estimate "
+    "is what the student then gives the true next token on average, below it the estimate is too high. It was fitted "
+    "on the training text, of which a student may know more."
+)
+
 FOOTNOTE = (
     "Every model is scored on the same bytes of held-out text. Bits per byte (lower is better) and word perplexity "
     "compare models with different tokenizers; token perplexity does not. Speed is the forward pass, all models in "
@@ -43,6 +50,7 @@ def sections(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
                 ("other first expert than the gate", percent(router.get("changed_fraction"), 1)),
                 ("entropy, nats", number(router.get("entropy"), 3)),
                 ("estimated capacity, mean", number(router.get("capacity"), 3)),
+                ("calibration error of the capacity", number(router.get("calibration_error"), 4)),
                 ("knowledge gap, nats, mean", number(router.get("gap"), 3)),
                 ("student-aware teacher, bits per byte", number(bits(report, "student_aware_teacher"), 4)),
             ],
@@ -94,3 +102,45 @@ def token_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
         for role, figures in model_rows(report)
         if "name" in figures
     ]
+
+
+def reliability_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """What the router estimates and what the student does, from the lowest capacity to the highest."""
+    return [
+        (
+            number(found["predicted"], 3),
+            number(found["observed"], 3),
+            percent(found["correct"], 1),
+            number(found["anchors"]),
+        )
+        for found in (report.get("router") or {}).get("reliability") or []
+    ]
+
+
+def decile_table(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Mean gap in nats of each decile, the smallest gap before training first, under a row of headings.
+
+    Without the column of a model that was not measured; empty without deciles.
+    """
+    deciles = (report.get("gap") or {}).get("deciles") or []
+    names = {"before": "before", "baseline": "no teacher", "after": "distilled"}
+    shown = {key: name for key, name in names.items() if any(found.get(key) is not None for found in deciles)}
+    rows = [
+        (str(decile), *(number(found.get(key), 3) for key in shown), number(found.get("anchors")))
+        for decile, found in enumerate(deciles, 1)
+    ]
+    return [("decile", *shown.values(), "anchors"), *rows] if shown else []
+
+
+def decile_note(report: dict[str, Any]) -> str:
+    """What the deciles of the gap say and what they do not; empty without them."""
+    deciles = (report.get("gap") or {}).get("deciles")
+    if not deciles:
+        return ""
+    note = (
+        "KL(teacher || student) on held-out text, in ten equal groups sorted by the gap before training. Groups that "
+        "are sorted like this fall at the end and rise at the start whatever changes (regression to the mean): "
+    )
+    if all(found.get("baseline") is None for found in deciles):
+        return note + "without a student trained without a teacher nobody can tell how much of the change is that."
+    return note + "read the distance between the two trained students, not the fall from before."

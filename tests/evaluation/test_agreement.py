@@ -3,49 +3,29 @@ import math
 import pytest
 import torch
 from builders import SAME, STUDENT_ROWS, collated, projection, tiny_llama, tiny_moe
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import MambaConfig, MambaForCausalLM
 
-from distill_trainer.aligned import RoutedBatch
 from distill_trainer.evaluation import agreement
 from distill_trainer.evaluation.agreement import (
-    ROUTER_KEYS,
     attention_similarity,
     gap_closed,
+    gap_deciles,
+    quantile_groups,
     replace_at_anchors,
-    retention_sums,
-    router_figures,
-    router_sums,
+    retention_values,
 )
 from distill_trainer.evaluation.measure import forward_logits
-from distill_trainer.router import RouterOutput
-
-
-def routed(seed=0, num_anchors=6, num_experts=4, top_k=2, gate_top_k=1):
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(num_anchors, num_experts, generator=generator)
-    weights, experts = logits.softmax(dim=-1).topk(top_k)
-    decision = RouterOutput(
-        router_logits=logits,
-        routing_weights=weights / weights.sum(dim=-1, keepdim=True),
-        selected_experts=experts,
-        capacity=torch.rand(num_anchors, generator=generator),
-        importance=torch.zeros_like(logits),
-        capacity_logits=torch.zeros(num_anchors),
-    )
-    gate = torch.randn(num_anchors, num_experts, generator=generator)
-    nothing = torch.zeros(num_anchors, 1)
-    gap = torch.rand(num_anchors, generator=generator)
-    mask = torch.ones(1, num_anchors, dtype=torch.bool)
-    return RoutedBatch(nothing, nothing, gap, mask, decision, gate, gate.topk(gate_top_k).indices)
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_retention_is_summed_over_anchors_whatever_the_chunks(monkeypatch, padding_side):
+def test_retention_is_that_of_every_anchor_whatever_the_chunks(monkeypatch, padding_side):
     batch = collated(5, padding_side=padding_side)
     with torch.no_grad():
         student_logits = forward_logits(tiny_llama(), batch, "student")
         teacher_logits = forward_logits(tiny_moe(), batch, "teacher")
-    divergence = agreed = shared = anchors = 0
+    expected = []
     for row, anchor in batch["anchor_mask"].nonzero().tolist():
         p = projection()(
             teacher_logits[row, batch["teacher_positions"][row, anchor]]
@@ -54,13 +34,12 @@ def test_retention_is_summed_over_anchors_whatever_the_chunks(monkeypatch, paddi
             .softmax(dim=-1)
         )
         q = student_logits[row, batch["student_positions"][row, anchor]].double().softmax(dim=-1)
-        divergence += sum((p[v] * (p[v] / q[v]).log()).item() for v in p.nonzero()[:, 0].tolist())
-        agreed += int(p.argmax() == q.argmax())
-        shared += len({*p.topk(5).indices.tolist()} & {*q.topk(5).indices.tolist()}) / 5
-        anchors += 1
+        divergence = sum((p[v] * (p[v] / q[v]).log()).item() for v in p.nonzero()[:, 0].tolist())
+        shared = len({*p.topk(5).indices.tolist()} & {*q.topk(5).indices.tolist()}) / 5
+        expected.append((divergence, int(p.argmax() == q.argmax()), shared))
     monkeypatch.setattr(agreement, "ANCHORS_PER_CHUNK", 4)
-    sums = retention_sums(student_logits, teacher_logits, batch, projection().log_probs)
-    assert sums.tolist() == pytest.approx([divergence, agreed, shared, anchors], rel=1e-4)
+    values = retention_values(student_logits, teacher_logits, batch, projection().log_probs)
+    torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-5)
 
 
 def test_only_the_routed_anchors_get_other_beliefs():
@@ -144,32 +123,53 @@ def test_attention_that_cannot_be_read_or_compared_has_no_similarity():
     assert attention_similarity(tiny_llama(), tiny_llama(), [batch]) is None
 
 
-def test_routing_figures_match_a_loop_over_anchors():
-    batches = [routed(seed=0, num_anchors=6), routed(seed=1, num_anchors=3)]
-    load, gate_load, changed, entropy, capacity, gap, anchors = [0.0] * 4, [0] * 4, 0, 0.0, 0.0, 0.0, 0
-    for batch in batches:
-        decision = batch.router
-        for n in range(len(batch.gap)):
-            for expert, weight in zip(decision.selected_experts[n], decision.routing_weights[n], strict=True):
-                load[expert] += weight.item()
-            gate_load[batch.gate_experts[n, 0]] += 1
-            changed += int(decision.selected_experts[n, 0] != batch.gate_experts[n, 0])
-            entropy -= sum(p * math.log(p) for p in decision.router_logits[n].double().softmax(dim=-1).tolist())
-            capacity += decision.capacity[n].item()
-            gap += batch.gap[n].item()
-            anchors += 1
-    sums = [router_sums(batch) for batch in batches]
-    figures = router_figures({key: sums[0][key] + sums[1][key] for key in sums[0]}, top_k=2)
-    assert tuple(figures) == ROUTER_KEYS
-    assert 0 < changed < anchors
-    assert figures["expert_load"] == pytest.approx([value / anchors for value in load], rel=1e-6)
-    assert figures["gate_load"] == pytest.approx([value / anchors for value in gate_load])
-    assert figures["changed_fraction"] == changed / anchors
-    assert figures["entropy"] == pytest.approx(entropy / anchors)
-    assert figures["capacity"] == pytest.approx(capacity / anchors)
-    assert figures["gap"] == pytest.approx(gap / anchors)
-    assert figures["top_k"] == 2
+@settings(deadline=None, max_examples=60)
+@given(values=st.lists(st.integers(0, 30), max_size=60), num_groups=st.integers(1, 12))
+def test_groups_hold_every_value_once_in_order_and_equal_ones_together(values, num_groups):
+    values = torch.tensor(values, dtype=torch.float64)
+    groups = quantile_groups(values, num_groups)
+    assert sorted(torch.cat(groups).tolist()) == list(range(len(values))) if groups else not len(values)
+    assert len(groups) <= num_groups and all(len(members) for members in groups)
+    for lower, upper in zip(groups, groups[1:], strict=False):
+        assert values[lower].max() < values[upper].min()
 
 
-def test_without_a_router_its_figures_are_null():
-    assert router_figures({}, 0) == dict.fromkeys(ROUTER_KEYS)
+@settings(deadline=None, max_examples=60)
+@given(size=st.integers(0, 80), num_groups=st.integers(1, 12), seed=st.integers(0, 1000))
+def test_groups_of_different_values_are_equally_large(size, num_groups, seed):
+    values = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).double()
+    sizes = [len(members) for members in quantile_groups(values, num_groups)]
+    assert len(sizes) == min(size, num_groups)
+    assert not sizes or max(sizes) - min(sizes) <= 1
+
+
+def test_deciles_are_the_means_of_ten_groups_sorted_by_the_gap_before():
+    generator = torch.Generator().manual_seed(0)
+    before, after, baseline = torch.rand(3, 57, generator=generator, dtype=torch.float64)
+    order = sorted(range(57), key=lambda anchor: before[anchor].item())
+    expected = []
+    for decile in range(10):
+        members = [anchor for rank, anchor in enumerate(order) if rank * 10 // 57 == decile]
+        means = {
+            name: sum(values[anchor].item() for anchor in members) / len(members)
+            for name, values in (("before", before), ("after", after), ("baseline", baseline))
+        }
+        expected.append({"anchors": len(members), **means})
+    found = gap_deciles(before, after, baseline)
+    assert [decile["anchors"] for decile in found] == [decile["anchors"] for decile in expected]
+    for decile, wanted in zip(found, expected, strict=True):
+        assert decile == pytest.approx(wanted)
+
+
+def test_what_the_deciles_need_and_lack_is_null():
+    gaps = torch.rand(30)
+    assert gap_deciles(None, gaps, gaps) is None
+    assert {decile["baseline"] for decile in gap_deciles(gaps, gaps, None)} == {None}
+    # Too few anchors for ten groups.
+    assert [decile["anchors"] for decile in gap_deciles(gaps[:3], gaps[:3], None)] == [1, 1, 1]
+
+
+def test_a_gap_that_changes_by_chance_alone_falls_in_the_last_decile_and_rises_in_the_first():
+    before, after = torch.rand(2, 5000, generator=torch.Generator().manual_seed(1))
+    first, *_, last = gap_deciles(before, after, None)
+    assert first["after"] > first["before"] + 0.3 and last["after"] < last["before"] - 0.3

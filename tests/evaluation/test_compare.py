@@ -9,14 +9,14 @@ from distill_trainer import evaluate_models
 from distill_trainer.aligned import RoutedBatch
 from distill_trainer.documents import load_sotu
 from distill_trainer.errors import DataError
-from distill_trainer.evaluation.agreement import ROUTER_KEYS
 from distill_trainer.evaluation.compare import MODEL_KEYS
 from distill_trainer.evaluation.measure import SIDES
+from distill_trainer.evaluation.routing import ROUTER_KEYS, TOKEN_CLASSES
 
 TOKENIZERS = {"student_tokenizer": tokenizer("student"), "teacher_tokenizer": tokenizer("teacher")}
 SECTIONS = {
     *("schema", "teacher", "student_before", "student", "baseline", "student_aware_teacher", "compression"),
-    *("retention", "attention", "router", "data", "environment"),
+    *("retention", "attention", "router", "gap", "data", "environment"),
 }
 
 
@@ -106,6 +106,56 @@ def test_a_router_that_was_not_trained_is_the_teachers_own_gate(routed_report):
     assert len(router["expert_load"]) == 4 and sum(router["expert_load"]) == pytest.approx(1)
     assert sum(router["gate_load"]) == pytest.approx(1)
     assert 0 < router["entropy"] <= math.log(4) and 0 < router["capacity"] < 1 and router["gap"] > 0
+
+
+def test_the_routers_panel_covers_the_anchors_that_a_token_follows(routed_report, trainer):
+    router = routed_report["router"]
+    assert tuple(router) == ROUTER_KEYS
+    count = sum(found["anchors"] for found in router["token_classes"])
+    assert count == sum(found["anchors"] for found in router["reliability"]) > 50
+    assert {found["name"] for found in router["token_classes"]} <= set(TOKEN_CLASSES)
+    # The classes are a split of the whole.
+    for key in ("expert_load", "gate_load"):
+        for expert, share in enumerate(router[key]):
+            parts = (found["anchors"] * found[key][expert] for found in router["token_classes"])
+            assert sum(parts) / count == pytest.approx(share)
+    predicted = [found["predicted"] for found in router["reliability"]]
+    assert predicted == sorted(predicted) and all(0 < value < 1 for value in predicted)
+    mean = sum(found["anchors"] * found["predicted"] for found in router["reliability"]) / count
+    assert mean == pytest.approx(router["capacity"])
+    assert 0 <= router["calibration_error"] <= 1
+    assert router["examples"] and all(
+        0 <= token["expert"] < 4 and token["expert"] == token["gate_expert"] and token["gap"] > 0
+        for example in router["examples"]
+        for token in example["tokens"]
+    )
+    whole = "".join(TEXTS)
+    assert all("".join(t["text"] for t in example["tokens"]) in whole for example in router["examples"])
+
+
+def test_the_gaps_deciles_are_those_of_each_student_at_the_same_anchors(routed_report, trainer):
+    deciles = routed_report["gap"]["deciles"]
+    anchors = sum(decile["anchors"] for decile in deciles)
+    assert len(deciles) == 10 and max(d["anchors"] for d in deciles) - min(d["anchors"] for d in deciles) <= 1
+    before = [decile["before"] for decile in deciles]
+    assert before == sorted(before)
+    students = {
+        "before": tiny_llama(seed=5, initializer_range=1.0),
+        "after": trainer.student,
+        "baseline": tiny_llama(seed=6, initializer_range=0.3),
+    }
+    for key, student in students.items():
+        alone = evaluate(student=student, teacher=trainer.teacher.model)
+        mean = sum(decile["anchors"] * decile[key] for decile in deciles) / anchors
+        assert mean == pytest.approx(alone["retention"]["kl_divergence"], rel=1e-5)
+        # Nobody knows how far it was before.
+        assert alone["gap"] == {"deciles": None}
+
+
+def test_the_gap_needs_no_router_and_no_baseline():
+    report = evaluate(student_before=tiny_llama(seed=5))
+    deciles = report["gap"]["deciles"]
+    assert all(decile["before"] > 0 and decile["after"] > 0 and decile["baseline"] is None for decile in deciles)
 
 
 def test_the_student_aware_teacher_is_scored_with_the_routed_beliefs_at_anchors_and_its_own_elsewhere(trainer):

@@ -45,6 +45,33 @@ def report():
             "top_k": 2,
             "capacity": 0.412,
             "gap": 0.803,
+            "token_classes": [
+                {"name": "word start", "anchors": 70123, "expert_load": [0.3, 0.5, 0.2], "gate_load": [0.6, 0.3, 0.1]},
+                {"name": "digits", "anchors": 411, "expert_load": [0.0, 0.08, 0.92], "gate_load": [0.0, 0.04, 0.96]},
+            ],
+            "reliability": [
+                {"predicted": 0.131, "observed": 0.142, "correct": 0.223, "anchors": 35_267},
+                {"predicted": 0.634, "observed": 0.587, "correct": 0.661, "anchors": 35_268},
+            ],
+            "calibration_error": 0.0291,
+            "examples": [
+                {
+                    "tokens": [
+                        {"text": " The", "expert": 1, "gate_expert": 1, "gap": 0.25},
+                        {"text": " peo", "expert": 1, "gate_expert": 0, "gap": 2.13},
+                        {"text": "ple", "expert": 2, "gate_expert": 2, "gap": 0.07},
+                        {"text": " ", "expert": 2, "gate_expert": 2, "gap": 0.5},
+                        {"text": ".\n\n", "expert": 0, "gate_expert": 2, "gap": 5.01},
+                    ]
+                },
+                {"tokens": [{"text": "In", "expert": 0, "gate_expert": 0, "gap": 1.0}]},
+            ],
+        },
+        "gap": {
+            "deciles": [
+                {"anchors": 7053, "before": 0.211, "after": 0.243, "baseline": 0.262},
+                {"anchors": 7054, "before": 5.347, "after": 3.911, "baseline": 4.102},
+            ]
         },
         "data": {
             "train_documents": 40,
@@ -81,6 +108,10 @@ def log_history():
             "distill/temperature": 4 - 3 * progress,
             "distill/router_temperature": 2 - progress,
             "distill/top_k": 1 + int(2 * progress),
+            "distill/changed_fraction": 0.3 * progress,
+            "distill/router_entropy": 1.0 - 0.2 * progress,
+            "distill/capacity": 0.5 - 0.1 * progress,
+            "distill/gap": 1.6 - 0.8 * progress,
         }
         sizes = {"kl": 2.1, "feature": 0.8, "attention": 0.4, "layerwise": 1.1, "contrastive": 3.2, "lm": 3.4}
         weights = {"kl": 0.7, "feature": 0.1, "attention": 0.1, "layerwise": 0.05, "contrastive": 0.05, "lm": 0.3}

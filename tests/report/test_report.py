@@ -3,17 +3,19 @@ import json
 import math
 import os
 import stat
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from read_page import Page
 
 from distill_trainer.report import headline_table, write_report
 from distill_trainer.report.build import finite, write_atomically
+from distill_trainer.report.drawing import THEMES, Plot, series
 from distill_trainer.report.markdown import markdown_page
-from distill_trainer.report.page import MAX_EXPERT_ROWS, html_page
-from distill_trainer.report.plots import THEMES, Plot, draw_plots, series
+from distill_trainer.report.page import html_page
+from distill_trainer.report.plots import draw_plots
 from distill_trainer.report.tables import sections, token_rows
 from distill_trainer.report.wording import (
     case_sentence,
@@ -29,34 +31,18 @@ from distill_trainer.report.wording import (
     verdict,
 )
 
-PLOT_NAMES = ["bits_per_byte", "losses", "expert_load", "schedules"]
-PLOTS = [Plot(name, f"About {name}", f"What {name} shows", {}) for name in PLOT_NAMES]
-VOID = {"meta", "source", "img", "br"}
+SECTIONS = {
+    "training": ["bits_per_byte", "losses", "schedules"],
+    "router": ["expert_load", "router", "reliability"],
+    "gap": ["gap"],
+}
+PLOT_NAMES = [name for names in SECTIONS.values() for name in names]
+PLOTS = [
+    Plot(name, f"About {name}", f"What {name} shows", {}, section)
+    for section, names in SECTIONS.items()
+    for name in names
+]
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-class Page(HTMLParser):
-    """Tags and attributes of a page, its text, and whether every tag is closed in order."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.open, self.tags, self.text = [], [], ""
-        self.feed(html)
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, text):
-        self.text += text
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def with_bits(report, student, baseline):
@@ -126,7 +112,7 @@ def test_markdown_tables_have_as_many_cells_in_every_row(report):
 
 
 def test_a_report_with_nothing_to_tell_is_still_written(tmp_path):
-    keys = ("teacher", "student_before", "student", "baseline", "compression", "retention", "router", "data")
+    keys = ("teacher", "student_before", "student", "baseline", "compression", "retention", "router", "gap", "data")
     path = write_report({"schema": 1, **dict.fromkeys(keys)}, [], tmp_path)
     page = Page(path.read_text())
     assert "No verdict" in page.text and not page.all("img")
@@ -134,7 +120,7 @@ def test_a_report_with_nothing_to_tell_is_still_written(tmp_path):
 
 
 def test_null_figures_are_left_out_and_do_not_read_as_numbers(report):
-    for section in ("router", "student_aware_teacher", "compression"):
+    for section in ("router", "gap", "student_aware_teacher", "compression"):
         report[section] = dict.fromkeys(report[section])
     report["student_before"] = dict.fromkeys(report["student_before"])
     titles = [title for title, _ in sections(report)]
@@ -227,18 +213,6 @@ def test_the_best_model_and_the_student_are_marked(report):
     ]
 
 
-def test_many_experts_are_cut_to_the_busiest(report, log_history):
-    count = 3 * MAX_EXPERT_ROWS
-    loads = [expert / sum(range(count)) for expert in range(count)]
-    report["router"] |= {"expert_load": loads, "gate_load": loads[::-1]}
-    page = Page(html_page(report, []))
-    bars = [tag for tag in page.all("i") if tag["class"].startswith("bar")]
-    assert len(bars) == 2 * MAX_EXPERT_ROWS
-    assert f"The busiest {MAX_EXPERT_ROWS} of {count}." in page.text
-    widths = [float(bar["style"].removeprefix("width:").removesuffix("%")) for bar in bars[::2]]
-    assert widths == sorted(widths, reverse=True) and widths[0] == pytest.approx(100 * loads[-1], abs=0.06)
-
-
 def test_the_terminal_table_is_aligned_ascii(report):
     table = headline_table(report).splitlines()
     rows = table[: 3 + len(model_rows(report))]
@@ -288,19 +262,49 @@ def test_a_series_skips_entries_without_the_value():
         (("distill/loss_",), ["losses"]),
         (("distill/expert_load_",), ["expert_load"]),
         (("distill/top_k", "distill/temperature"), ["schedules"]),
+        (("distill/changed", "distill/router_entropy", "distill/capacity", "distill/gap"), ["router"]),
+        (("distill/changed", "distill/router_entropy", "distill/capacity"), ["router"]),
+        (("distill/gap",), []),
         (("loss", "grad_norm"), []),
     ],
 )
 def test_only_what_was_logged_is_drawn(report, log_history, prefixes, names):
+    report["router"] = report["gap"] = None
     kept = [{key: entry[key] for key in entry if key == "step" or key.startswith(prefixes)} for entry in log_history]
     plots = draw_plots(report, kept, [], [])
     assert [plot.name for plot in plots] == names
     assert all(set(plot.files) == {f"{plot.name}{theme}.png" for theme in THEMES} for plot in plots)
 
 
-def test_losses_that_stay_off_are_not_drawn(report):
+def test_losses_that_stay_off_are_not_drawn():
     history = [{"step": step, "distill/loss_kl": 0.0} for step in range(5)]
-    assert draw_plots(report, history, [], []) == []
+    assert draw_plots({}, history, [], []) == []
+
+
+def test_what_was_measured_at_the_end_has_no_steps_and_no_phases(report, log_history, monkeypatch):
+    plots = [plot.name for plot in draw_plots(report, [], [], [])]
+    assert plots == ["reliability", "gap"]
+    seen: list[tuple[set[str], bool]] = []
+
+    def look(figure, buffer, **options):
+        names = {axes.get_xlabel() for axes in figure.axes} - {""}
+        dotted = sum(line.get_linestyle() == ":" for axes in figure.axes for line in axes.lines)
+        seen.append((names, dotted > 0))
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    draw_plots(report, log_history, [], [0.5])
+    found = dict(zip(PLOT_NAMES, seen[:: len(THEMES)], strict=True))
+    assert found.pop("reliability") == ({"estimated capacity"}, False)
+    assert found.pop("gap") == ({"decile, by the gap before training"}, False)
+    assert set(map(str, found.values())) == {str(({"optimizer step"}, True))}
+
+
+def test_figures_that_are_null_are_not_drawn(report):
+    report["router"]["reliability"][0]["observed"] = None
+    report["gap"]["deciles"] = [found | {"baseline": None} for found in report["gap"]["deciles"]]
+    assert [plot.name for plot in draw_plots(report, [], [], [])] == ["reliability", "gap"]
+    report["router"]["reliability"] = report["gap"]["deciles"] = None
+    assert draw_plots(report, [], [], []) == []
 
 
 def test_phases_and_the_baseline_show_in_the_plots(report, log_history, baseline_log_history):
