@@ -128,7 +128,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, or 2 with one line on standard error for what the user can mend."""
     try:
         if ablation := read_ablation(arguments):
-            print(run_ablation(ablation))
+            for line in run_ablation(ablation):
+                print(line, flush=True)
         else:
             run(*parse_arguments(arguments))
     except DistillationError as error:

@@ -7,7 +7,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -24,7 +24,7 @@ from distill_trainer.data import DistillationCollator, prepare_dataset
 from distill_trainer.documents import load_splits
 from distill_trainer.errors import ConfigurationError
 from distill_trainer.evaluation.agreement import replace_at_anchors
-from distill_trainer.evaluation.measure import evaluating, forward_logits, score_logits, score_tokens
+from distill_trainer.evaluation.measure import evaluating, forward_logits, score_logits
 from distill_trainer.evaluation.metrics.bits_per_byte.bits_per_byte import bits_per_byte
 from distill_trainer.loading import load_causal_lm, load_tokenizer
 from distill_trainer.trainer import DistillationTrainer
@@ -104,8 +104,8 @@ def read_ablation(argv: Sequence[str] | None = None) -> Ablation | None:
     return Ablation(variants, content, reference, [int(seed) for seed in seeds], int(jobs), flags, folder)
 
 
-def run_ablation(ablation: Ablation) -> str:
-    """Train and score what is not there yet, and give the table of all results; also written as `ablation.md`.
+def run_ablation(ablation: Ablation) -> Iterator[str]:
+    """Train and score what is not there yet; a line for each run, then the table of all, also written as `ablation.md`.
 
     A result that is there with the same settings is kept, so a stopped ablation goes on where it was.
 
@@ -131,10 +131,10 @@ def run_ablation(ablation: Ablation) -> str:
     # A fresh process for each run: no run sees another's random numbers, threads or memory.
     with ProcessPoolExecutor(ablation.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
         for future in [pool.submit(run_variant, *item, ablation.flags, threads) for item in todo]:
-            print(future.result(), flush=True)
+            yield future.result()
     shown = table(ablation)
     (ablation.folder / "ablation.md").write_text(shown + "\n", encoding="utf-8")
-    return shown
+    yield shown
 
 
 def run_folder(ablation: Ablation, name: str, seed: int) -> Path:
@@ -220,11 +220,9 @@ def score(trainer: DistillationTrainer, windows: list[dict[str, Any]], args: Dis
     size = args.per_device_eval_batch_size
     batches = [collator(windows[start : start + size]) for start in range(0, len(windows), size)]
     student = trainer.distillation_model.causal_lm
-    figures: dict[str, Any] = {
-        "bits_per_byte": _bits_per_byte([score_tokens(student, batches)]),
-        "teacher": None,
-        "aware": None,
-    }
+    with evaluating(student):
+        own = [score_logits(forward_logits(student, batch), batch) for batch in batches]
+    figures: dict[str, Any] = {"bits_per_byte": _bits_per_byte(own), "teacher": None, "aware": None}
     if trainer.teacher is None:
         return figures
     plain, aware = [], []
