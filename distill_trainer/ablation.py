@@ -105,7 +105,7 @@ def read_ablation(argv: Sequence[str] | None = None) -> Ablation | None:
 
 
 def run_ablation(ablation: Ablation) -> Iterator[str]:
-    """Train and score what is not there yet; a line for each run, then the table of all, also written as `ablation.md`.
+    """Train and score what is not there yet: a line for each run, then the table of all, which is also written.
 
     A result that is there with the same settings is kept, so a stopped ablation goes on where it was.
 

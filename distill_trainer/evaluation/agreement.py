@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from distill_trainer.errors import UnsupportedModelError
 from distill_trainer.evaluation.measure import evaluating, side_inputs
 from distill_trainer.losses.attention import attention_rows, pool_spans
-from distill_trainer.taps import decoder_layers, run_trunk
+from distill_trainer.taps import check_attention, decoder_layers, run_trunk
 
 # Rows of the vocabulary at a time: 256 float32 rows of 152k tokens are 156 MB.
 ANCHORS_PER_CHUNK = 256
@@ -136,12 +136,14 @@ def attention_similarity(
 
     values = []
     with evaluating(student, teacher):
+        try:
+            check_attention(student)
+            check_attention(teacher)
+        except UnsupportedModelError:
+            return None
         for batch in batches:
-            try:
-                student_spans = _last_layer_spans(student, batch, "student")
-                teacher_spans = _last_layer_spans(teacher, batch, "teacher")
-            except UnsupportedModelError:
-                return None
+            student_spans = _last_layer_spans(student, batch, "student")
+            teacher_spans = _last_layer_spans(teacher, batch, "teacher")
             counted = batch["anchor_mask"].cpu().clone()
             counted[:, 0] = False
             values.append(similarity_per_row(student_spans[counted], teacher_spans[counted]))
