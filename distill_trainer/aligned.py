@@ -23,7 +23,7 @@ class RoutedBatch:
         mask: Which of the batch's anchors these are, `(batch_size, num_anchors_in_row)`.
         router: The router's decision at the highest re-routed layer, None without a router.
         gate_logits: The gate's scores, None without a router, `(num_anchors, num_experts)`.
-        gate_experts: The gate's own choice, None without a router, `(num_anchors, gate_top_k)`.
+        gate_experts: The gate's own choice, most weight first, None without a router, `(num_anchors, gate_top_k)`.
         logits: Over the teacher's vocabulary, `(num_anchors, teacher_vocab_size)`; None in training, which never holds
             them all at once.
         layers: Re-routed residual stream after layers below the last, by layer.

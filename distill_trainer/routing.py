@@ -74,6 +74,8 @@ class Routing(nn.Module):
         rerouted = teacher.reroute(at.teacher, choose)
         top = max(decisions)
         router, own, gate_logits = decisions.pop(top)
+        # Not all gates give their choice in order.
+        order = own.routing_weights.argsort(dim=-1, descending=True, stable=True)
         residual = rerouted.residual.mean(dim=1) if self.num_samples else rerouted.residual
         return RoutedBatch(
             residual,
@@ -83,7 +85,7 @@ class Routing(nn.Module):
             layers=rerouted.layers,
             router=router,
             gate_logits=gate_logits,
-            gate_experts=own.selected_experts,
+            gate_experts=own.selected_experts.gather(-1, order),
             others=[(decision, logits) for decision, _, logits in decisions.values()],
         )
 

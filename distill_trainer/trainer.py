@@ -194,6 +194,21 @@ class DistillationTrainer(Trainer):
             self.record.add(outputs)
         return (loss, outputs) if return_outputs else loss
 
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
+        """Clip the student's gradient, and apart from it that of router and projections; gives the student's norm.
+
+        Together a large gradient of the router would shorten the student's step, which the router may not touch.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)  # they know their own shards only as a whole
+        sides: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, parameter in model.named_parameters():
+            sides[STUDENT_PREFIX in name].append(parameter)
+        norm = self.accelerator.clip_grad_norm_(sides[True], self.args.max_grad_norm)
+        # The accelerator has undone the scaling of fp16 for all of them, which it may do once only.
+        torch.nn.utils.clip_grad_norm_(sides[False], self.args.max_grad_norm)
+        return norm
+
     def effective_weights(self) -> dict[str, float]:
         """Weight of each loss now: of the current phase, with KL and LM balanced by the knowledge gap."""
         weights = dict(self.values.loss_weights or self.args.loss_weights())
