@@ -317,6 +317,21 @@ def test_the_router_learns_in_its_steps_only(tmp_path):
     assert len(logged(trainer, "distill/router_ce")) == 8
 
 
+def test_a_large_gradient_of_the_router_does_not_shorten_the_students_step(tmp_path):
+    students, routers = [], []
+    for weight in (0.0, 1e4):
+        trainer = tiny_trainer(
+            tmp_path / str(weight), max_steps=1, max_grad_norm=0.1, router_balance_weight=weight, optim="sgd"
+        )
+        trainer.train()
+        students.append(trainer.student.state_dict())
+        routers.append(last_router(trainer.distillation_model).query.weight.detach())
+        assert logged(trainer, "grad_norm")[0] > 0.1, "there is something to clip"
+    assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])
+    # At a learning rate of 0.02 a clipped step of the router is no longer than 0.002.
+    assert not torch.equal(*routers) and routers[1].norm() <= 0.002 * 1.001
+
+
 @pytest.mark.parametrize("kl_method", ["projected", "alm", "uld"])
 def test_sampled_experts_train_student_and_router(tmp_path, kl_method):
     trainer = tiny_trainer(tmp_path, expert_sampling=3, kl_method=kl_method)
