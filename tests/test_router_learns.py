@@ -69,7 +69,7 @@ def test_an_expert_of_noise_loses_its_load(tmp_path):
     before = {top_k: float(mean_load(trainer, batches, top_k)[0]) for top_k in (1, 3)}
     trainer.train()
     after = {top_k: float(mean_load(trainer, batches, top_k)[0]) for top_k in (1, 3)}
-    # Alone it is hardly ever chosen any more. Mixed with all others it keeps part of its weight: the router's objective
-    # holds it near the gate.
+    # Alone it is hardly ever chosen any more. Mixed with all others it keeps part of its weight: the objective
+    # holds the router near the gate.
     assert before[1] > 0.3 and after[1] < before[1] / 10
     assert before[3] > 0.3 and after[3] < 0.75 * before[3]
