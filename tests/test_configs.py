@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from distill_trainer.ablation import check_settings, read_ablation, settings_of
 from distill_trainer.arguments import parse_arguments
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-FILES = sorted(path.name for path in CONFIGS.iterdir())
+FILES = sorted(path.name for path in CONFIGS.iterdir() if path.name != "ablation.yaml")
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +18,10 @@ def in_empty_folder(tmp_path, monkeypatch):
 
 def parse(name: str) -> dict:
     return {key: value for part in parse_arguments([str(CONFIGS / name)]) for key, value in vars(part).items()}
+
+
+def parse_file(name: str) -> dict:
+    return yaml.load((CONFIGS / name).read_text(), Loader=yaml.SafeLoader)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -29,6 +34,23 @@ def test_every_config_parses_and_every_value_arrives(name):
             value = [] if value == "none" else value
         arrived = parsed[key]
         assert arrived == (type(arrived)(value) if isinstance(arrived, (int, float)) else value), key
+
+
+def test_every_variant_of_the_ablation_parses_and_they_are_all_different():
+    ablation = read_ablation([str(CONFIGS / "ablation.yaml")])
+    settings = {name: settings_of(ablation, name, 0) for name in ablation.variants}
+    for name, own in settings.items():
+        check_settings(name, own, [])
+        own.pop("output_dir")
+    assert len({json.dumps(own, sort_keys=True) for own in settings.values()}) == len(settings)
+
+
+def test_the_ablation_is_the_demo_with_half_its_steps_and_fewer_losses():
+    ablation, demo = read_ablation([str(CONFIGS / "ablation.yaml")]).settings, parse_file("demo.yaml")
+    same = [name for name in demo if name in ablation and str(demo[name]) == str(ablation[name])]
+    assert set(same) >= {"datasets", "dataset_subset_size", "learning_rate", "router_learning_rate", "max_length"}
+    assert 2 * int(ablation["max_steps"]) == demo["max_steps"]
+    assert all(ablation[f"{name}_weight"] == "0" for name in ("feature", "attention", "layerwise", "contrastive"))
 
 
 def test_the_default_config_states_the_defaults_of_the_code():
