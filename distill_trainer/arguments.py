@@ -286,6 +286,8 @@ class DistillationArguments(TrainingArguments):
             raise ConfigurationError(f"phase_boundaries must be two rising values from 0 to 1, got {bounds}.")
 
     def _check_router(self) -> None:
+        if isinstance(self.router_layers, list):
+            self.router_layers = [str(layer) for layer in self.router_layers]
         layers = self.router_layers
         if isinstance(layers, list) and len(layers) == 1 and not layers[0].isdigit():
             layers = self.router_layers = layers[0]

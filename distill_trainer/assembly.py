@@ -48,6 +48,11 @@ def build_teacher(
         router_layers=args.router_layers,
         checkpointing=bool(checkpointing),
     )
+    if teacher.replayed and args.expert_sampling:
+        raise ConfigurationError(
+            f"expert_sampling must be 0 where layers above the routed one run again, got {args.expert_sampling}: the "
+            "last layer of the teacher has no experts."
+        )
     teacher.verify()
     limit = teacher.num_experts
     if limit and max(args.initial_top_k, args.final_top_k) > limit:

@@ -65,7 +65,7 @@ def like_the_gate(own: ExpertCall, selected_experts: Tensor, routing_weights: Te
         tolerance = ROUNDING * torch.finfo(own.routing_weights.dtype).eps
         same = ((ours - gates).abs() <= tolerance * gates).all(dim=-1, keepdim=True)
         selected_experts = torch.where(same, own.selected_experts, selected_experts)
-        weights = torch.where(same, gates + (ours - ours.detach()), weights)
+        weights = torch.where(same, gates.detach() + (ours - ours.detach()), weights)
     return selected_experts, weights.to(own.routing_weights.dtype)
 
 

@@ -290,6 +290,11 @@ def test_layers_that_are_targets_only_have_routers_that_learn(tmp_path):
     assert len(logged(trainer, "distill/router_student_feature")) == 4
 
 
+def test_sampling_needs_experts_in_the_last_layer(tmp_path):
+    with pytest.raises(ConfigurationError, match="expert_sampling must be 0 where layers above .* got 3"):
+        tiny_trainer(tmp_path, teacher=tiny_moe(mlp_only_layers=[2]), expert_sampling=3)
+
+
 def test_a_target_that_no_loss_compares_is_an_error(tmp_path):
     with pytest.raises(ConfigurationError, match="router_layers must list layers that .* got 1. See feature_layers"):
         tiny_trainer(tmp_path, router_layers=["1"], layer_map=["0:0", "1:2"])
