@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -129,9 +129,13 @@ def run_ablation(ablation: Ablation) -> Iterator[str]:
         (folder / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     threads = max((os.cpu_count() or 1) // ablation.jobs, 1)
     # A fresh process for each run: no run sees another's random numbers, threads or memory.
-    with ProcessPoolExecutor(ablation.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
-        for future in [pool.submit(run_variant, *item, ablation.flags, threads) for item in todo]:
+    pool = ProcessPoolExecutor(ablation.jobs, get_context("spawn"), max_tasks_per_child=1)
+    try:
+        for future in as_completed([pool.submit(run_variant, *item, ablation.flags, threads) for item in todo]):
             yield future.result()
+    finally:
+        # After an error or an interrupt no further run starts.
+        pool.shutdown(wait=False, cancel_futures=True)
     shown = table(ablation)
     (ablation.folder / "ablation.md").write_text(shown + "\n", encoding="utf-8")
     yield shown
