@@ -99,7 +99,8 @@ class StudentAwareRouter(nn.Module):
             student_entropy: Entropy of the student's next-token distribution over its maximum, in [0, 1],
                 `(num_anchors,)`.
             gap: Knowledge gap KL(teacher || student) in nats, detached here, `(num_anchors,)`.
-            gate_logits: The teacher's gate before softmax, `(num_anchors, num_experts)`.
+            gate_logits: The teacher's gate before softmax, `(num_anchors, num_experts)`. Not detached: where a layer
+                below is re-routed too, its router's gradient runs through the gates above.
             top_k: Experts to select, from 1 to the number of experts.
             temperature: Softmax temperature, above 0.
         """
@@ -120,7 +121,7 @@ class StudentAwareRouter(nn.Module):
         if self.query is not None:
             query = self.query(torch.cat([inputs[part] for part in self.parts], dim=-1))
             importance = (query @ self.keys.T.to(query.dtype)).float() / math.sqrt(self.keys.shape[-1])
-        router_logits = gate_logits.detach().float() + importance
+        router_logits = gate_logits.float() + importance
         routing_weights, selected_experts = select_experts(router_logits, top_k, temperature)
         return RouterOutput(router_logits, routing_weights, selected_experts, capacity, importance, capacity_logits)
 
@@ -193,8 +194,10 @@ def routing_losses(
         `anchor_kl` (nats), `balance` (1 at equal load; Fedus et al. 2021, https://huggingface.co/papers/2101.03961,
         equations 4 to 6, with the router's weights as the load) and `capacity_bce` (nats).
     """
-    router_logprobs = F.log_softmax(output.router_logits, dim=-1)
-    gate_logprobs = F.log_softmax(gate_logits.detach().float(), dim=-1)
+    # A gate above another re-routed layer depends on that layer's router, whose business these parts are not.
+    gate_logits = gate_logits.detach().float()
+    router_logprobs = F.log_softmax(gate_logits + output.importance, dim=-1)
+    gate_logprobs = F.log_softmax(gate_logits, dim=-1)
     anchor_kl = F.kl_div(router_logprobs, gate_logprobs, reduction="none", log_target=True).sum(dim=-1)
     num_experts = router_logprobs.shape[-1]
     load = torch.zeros_like(router_logprobs).scatter(-1, output.selected_experts, output.routing_weights.detach())

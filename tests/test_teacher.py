@@ -19,7 +19,7 @@ from test_moe import tiny_jetmoe
 from distill_trainer.anchors import IGNORE_INDEX, Anchors
 from distill_trainer.errors import UnsupportedModelError
 from distill_trainer.mixing import reroute_experts
-from distill_trainer.router import sample_experts, select_experts
+from distill_trainer.router import StudentAwareRouter, sample_experts, select_experts
 from distill_trainer.teacher import Teacher
 
 ANCHOR_FIELDS = ("rows", "student_positions", "teacher_positions", "same_next")
@@ -169,6 +169,38 @@ def test_gradients_reach_the_weights_of_every_rerouted_layer(family):
     teacher.head(result.hidden_states).log_softmax(-1)[:, 7].sum().backward()
     assert set(weights) == {1, 2} and all(weight.grad.ne(0).any() for weight in weights.values())
     assert all(p.grad is None and not p.requires_grad for p in teacher.model.parameters())
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "gpt_oss"])
+@pytest.mark.parametrize("top_k", [2, 3])
+def test_the_gradient_of_a_lower_layer_is_the_finite_difference(family, top_k):
+    """Through the experts and through the gate of the layer above, whose router has learned nothing yet."""
+    teacher = Teacher(tiny_moe(family), projection(), router_layers="last:2")
+    batch, anchors = every_position(random_ids(length=5))
+    output = teacher(batch, anchors)
+    width = teacher.model.config.hidden_size
+    router = StudentAwareRouter(teacher.gate_rows()[2], width)
+    nothing = torch.zeros(len(anchors), width)
+
+    def belief(shift):
+        def choose(layer, own):
+            if layer == 2:
+                gap = entropy = nothing[:, 0]
+                result = router(own.hidden_states, nothing, entropy, gap, own.gate_logits, top_k, 1.0)
+                return result.selected_experts, result.routing_weights
+            probabilities = torch.softmax(own.router_logits.float() + shift * torch.arange(4.0), dim=-1)
+            return torch.arange(4).expand_as(probabilities), probabilities
+
+        hidden_states = teacher.reroute(output, choose).hidden_states
+        return teacher.head(hidden_states).log_softmax(-1)[:, 7].mean()
+
+    shift = torch.zeros((), requires_grad=True)
+    belief(shift).backward()
+    step = 1e-2
+    with torch.no_grad():
+        expected = (belief(torch.tensor(step)) - belief(torch.tensor(-step))) / (2 * step)
+    assert abs(expected) > 0.01
+    torch.testing.assert_close(shift.grad, expected, rtol=2e-2, atol=1e-3)
 
 
 def test_checkpointing_gives_the_same_gradients():
