@@ -15,9 +15,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from distill_trainer import DistillationTrainer, evaluate_models
 from distill_trainer.ablation import read_ablation, run_ablation
 from distill_trainer.arguments import DataArguments, DistillationArguments, ModelArguments, parse_arguments
+from distill_trainer.assembly import load_texts
 from distill_trainer.callbacks import check_reporters
 from distill_trainer.checkpoint import check_checkpoint
-from distill_trainer.documents import load_splits
 from distill_trainer.errors import DistillationError
 from distill_trainer.hub import write_model_card
 from distill_trainer.loading import load_causal_lm, load_tokenizer
@@ -36,15 +36,7 @@ def run(names: ModelArguments, texts: DataArguments, args: DistillationArguments
         "processing_class": load_tokenizer(names.student_model_name_or_path, **trust),
         "teacher_processing_class": load_tokenizer(names.teacher_model_name_or_path, **trust),
     }
-    splits = load_splits(
-        texts.datasets,
-        dataset_weights=texts.dataset_weights,
-        text_column=texts.text_column,
-        dataset_subset_size=texts.dataset_subset_size,
-        validation_fraction=texts.validation_fraction,
-        streaming=texts.streaming,
-        seed=args.seed,
-    )
+    splits = load_texts(texts, args.seed)
     student = load_causal_lm(names.student_model_name_or_path, initialize=names.student_init == "random", **trust)
     teacher = load_causal_lm(names.teacher_model_name_or_path, dtype=names.teacher_dtype, **trust)
     student_before = copy.deepcopy(student)

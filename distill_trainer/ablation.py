@@ -20,8 +20,8 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from distill_trainer.arguments import DistillationArguments, parse_arguments
+from distill_trainer.assembly import load_texts
 from distill_trainer.data import DistillationCollator, prepare_dataset
-from distill_trainer.documents import load_splits
 from distill_trainer.errors import ConfigurationError
 from distill_trainer.evaluation.agreement import replace_at_anchors
 from distill_trainer.evaluation.measure import evaluating, forward_logits, score_logits
@@ -183,15 +183,7 @@ def run_variant(folder: Path, settings: dict[str, Any], flags: list[str], thread
     sides = (names.student_model_name_or_path, names.teacher_model_name_or_path)
     trust: dict[str, Any] = {"trust_remote_code": names.trust_remote_code}
     tokenizers = [load_tokenizer(name, **trust) for name in sides]
-    splits = load_splits(
-        texts.datasets,
-        dataset_weights=texts.dataset_weights,
-        text_column=texts.text_column,
-        dataset_subset_size=texts.dataset_subset_size,
-        validation_fraction=texts.validation_fraction,
-        streaming=texts.streaming,
-        seed=args.seed,
-    )
+    splits = load_texts(texts, args.seed)
     student = load_causal_lm(sides[0], initialize=names.student_init == "random", **trust)
     teacher = load_causal_lm(sides[1], dtype=names.teacher_dtype, **trust) if args.has_teacher_losses() else None
     trainer = DistillationTrainer(

@@ -1,13 +1,16 @@
-"""The teacher and the trained model of a run, put together from its settings."""
+"""The texts, the teacher and the trained model of a run, put together from its settings."""
 
 from dataclasses import fields
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from distill_trainer.alignment import VocabularyProjection
 from distill_trainer.arguments import DistillationArguments
+from distill_trainer.documents import load_splits
 from distill_trainer.errors import ConfigurationError
+from distill_trainer.input_arguments import DataArguments
 from distill_trainer.layer_plan import LayerPairs
 from distill_trainer.loading import with_adapters
 from distill_trainer.logit_loss import LogitSettings
@@ -17,6 +20,19 @@ from distill_trainer.taps import check_attention
 from distill_trainer.teacher import Teacher
 
 logger = logging.get_logger(__name__)
+
+
+def load_texts(texts: DataArguments, seed: int) -> dict[str, Any]:
+    """The documents of a run by split: `train`, `validation` and `test`; see `load_splits`."""
+    return load_splits(
+        texts.datasets,
+        dataset_weights=texts.dataset_weights,
+        text_column=texts.text_column,
+        dataset_subset_size=texts.dataset_subset_size,
+        validation_fraction=texts.validation_fraction,
+        streaming=texts.streaming,
+        seed=seed,
+    )
 
 
 def build_teacher(

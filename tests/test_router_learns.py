@@ -6,8 +6,8 @@ import torch
 from transformers import set_seed
 
 from distill_trainer.arguments import parse_arguments
+from distill_trainer.assembly import load_texts
 from distill_trainer.data import DistillationCollator, prepare_dataset
-from distill_trainer.documents import load_splits
 from distill_trainer.loading import load_causal_lm, load_tokenizer
 from distill_trainer.trainer import DistillationTrainer
 
@@ -24,15 +24,7 @@ def demo_trainer(output_dir, spoil, *flags):
     set_seed(args.seed)
     sides = (ROOT / names.student_model_name_or_path, ROOT / names.teacher_model_name_or_path)
     tokenizers = [load_tokenizer(str(side)) for side in sides]
-    splits = load_splits(
-        texts.datasets,
-        dataset_weights=None,
-        text_column=texts.text_column,
-        dataset_subset_size=texts.dataset_subset_size,
-        validation_fraction=texts.validation_fraction,
-        streaming=False,
-        seed=args.seed,
-    )
+    splits = load_texts(texts, args.seed)
     student, teacher = load_causal_lm(str(sides[0])), load_causal_lm(str(sides[1]), dtype=names.teacher_dtype)
     spoil(teacher)
     trainer = DistillationTrainer(

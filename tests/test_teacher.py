@@ -204,19 +204,23 @@ def test_the_gradient_of_a_lower_layer_is_the_finite_difference(family, top_k):
 
 
 def test_checkpointing_gives_the_same_gradients():
-    gradients = []
+    gradients, runs = [], []
     for checkpointing in (False, True):
         teacher = Teacher(tiny_moe(), projection(), router_layers="all", checkpointing=checkpointing)
         output, _ = everywhere(teacher)
         scale = torch.ones(3, requires_grad=True)
 
+        runs.append(0)
+
         def choose(layer, own, scale=scale):
+            runs[-1] += 1
             chosen, weights = other_experts(layer, own)
             return chosen, weights * scale[layer]
 
         teacher.head(teacher.reroute(output, choose).hidden_states).log_softmax(-1)[:, 7].sum().backward()
         gradients.append(scale.grad)
-    assert gradients[0].ne(0).all()
+    # In the backward pass the layers run, and choose, once more.
+    assert runs == [3, 6] and gradients[0].ne(0).all()
     torch.testing.assert_close(*gradients)
 
 

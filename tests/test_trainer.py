@@ -290,6 +290,16 @@ def test_layers_that_are_targets_only_have_routers_that_learn(tmp_path):
     assert len(logged(trainer, "distill/router_student_feature")) == 4
 
 
+def test_the_routers_parts_and_samples_are_those_of_the_settings(tmp_path):
+    routing = tiny_trainer(tmp_path, router_parts=["gap"], expert_sampling=3).distillation_model.routing
+    assert routing.num_samples == 3 and [router.parts for router in routing.routers.values()] == [("gap",)]
+
+
+def test_checkpointing_reaches_the_layers_that_run_again(tmp_path):
+    assert tiny_trainer(tmp_path, router_layers="all", gradient_checkpointing=True).teacher.checkpointing
+    assert not tiny_trainer(tmp_path, router_layers="all").teacher.checkpointing
+
+
 def test_sampling_needs_experts_in_the_last_layer(tmp_path):
     with pytest.raises(ConfigurationError, match="expert_sampling must be 0 where layers above .* got 3"):
         tiny_trainer(tmp_path, teacher=tiny_moe(mlp_only_layers=[2]), expert_sampling=3)

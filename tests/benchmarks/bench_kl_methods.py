@@ -22,8 +22,8 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from distill_trainer.arguments import parse_arguments
+from distill_trainer.assembly import load_texts
 from distill_trainer.data import prepare_dataset
-from distill_trainer.documents import load_splits
 from distill_trainer.loading import load_causal_lm, load_tokenizer
 from distill_trainer.trainer import DistillationTrainer
 
@@ -55,15 +55,7 @@ def bits_per_byte(settings: dict, seed: int, folder: Path) -> dict[str, float]:
     set_seed(seed)
     paths = [str(ROOT / name) for name in (names.student_model_name_or_path, names.teacher_model_name_or_path)]
     tokenizers = [load_tokenizer(path) for path in paths]
-    splits = load_splits(
-        texts.datasets,
-        dataset_weights=None,
-        text_column=texts.text_column,
-        dataset_subset_size=texts.dataset_subset_size,
-        validation_fraction=texts.validation_fraction,
-        streaming=False,
-        seed=seed,
-    )
+    splits = load_texts(texts, seed)
     student = load_causal_lm(paths[0])
     teacher = load_causal_lm(paths[1], dtype=names.teacher_dtype)
     trainer = DistillationTrainer(
