@@ -13,7 +13,8 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from distill_trainer import DistillationTrainer, evaluate_models
-from distill_trainer.ablation import read_ablation, run_ablation
+from distill_trainer.ablation import run_ablation
+from distill_trainer.ablation_file import read_ablation
 from distill_trainer.arguments import DataArguments, DistillationArguments, ModelArguments, parse_arguments
 from distill_trainer.assembly import load_texts
 from distill_trainer.callbacks import check_reporters

@@ -4,25 +4,25 @@ import json
 import math
 import os
 import statistics
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from concurrent.futures.process import BrokenProcessPool
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from transformers import set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 
+from distill_trainer.ablation_file import CONFIG, Ablation, check_settings, made_with, run_folder, settings_of
 from distill_trainer.arguments import DistillationArguments, parse_arguments
 from distill_trainer.assembly import load_texts
 from distill_trainer.data import DistillationCollator, prepare_dataset
-from distill_trainer.errors import ConfigurationError
+from distill_trainer.errors import ConfigurationError, DistillationError
 from distill_trainer.evaluation.agreement import replace_at_anchors
 from distill_trainer.evaluation.measure import evaluating, forward_logits, score_logits
 from distill_trainer.evaluation.metrics.bits_per_byte.bits_per_byte import bits_per_byte
@@ -33,75 +33,23 @@ logger = logging.get_logger(__name__)
 
 # The teacher reads this part of the batches, spread evenly: it costs more than the student, and differs less.
 TEACHER_STRIDE = 3
-RESULT, CONFIG = "result.json", "config.yaml"
-# What every run of an ablation sets: it trains, and is scored here.
-FIXED = {
-    "run_baseline": "false",
-    "eval_strategy": "no",
-    "save_strategy": "no",
-    "logging_strategy": "no",
-    "disable_tqdm": "true",
-}
+RESULT = "result.json"
+FIGURES = ("bits_per_byte", "teacher", "aware", "seconds_per_step")
 
 
-@dataclass
-class Ablation:
-    """What an ablation's file says.
+class StepClock(TrainerCallback):
+    """Seconds from the end of each step to the end of the next: without what the first step starts."""
 
-    Attributes:
-        variants: Settings of each variant by its name, on top of `settings`.
-        settings: Settings of all variants.
-        reference: The variant that the others are compared with.
-        seeds: A seed draws other documents and batches.
-        jobs: Runs at a time, each in a process of its own with its share of the cores.
-        flags: Flags of the command line, which win over all of these.
-        folder: Where the results go.
-    """
+    def __init__(self) -> None:
+        self.ends: list[float] = []
 
-    variants: dict[str, dict[str, Any]]
-    settings: dict[str, Any]
-    reference: str
-    seeds: list[int]
-    jobs: int = 1
-    flags: list[str] = field(default_factory=list)
-    folder: Path = Path("outputs/ablation")
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Note the time."""
+        self.ends.append(time.perf_counter())
 
-
-def read_ablation(argv: Sequence[str] | None = None) -> Ablation | None:
-    """The ablation that the first argument names: a YAML file with `variants`. None for anything else.
-
-    Raises:
-        ConfigurationError: If the file has `variants` and cannot be used.
-    """
-    first, *flags = list(sys.argv[1:] if argv is None else argv) or [""]
-    path = Path(first)
-    if path.suffix not in (".yaml", ".yml") or not path.is_file() or {"-h", "--help"} & set(flags):
-        return None
-    try:
-        # Plain text as for all config files: their parser knows the types.
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    except (OSError, ValueError, yaml.YAMLError):
-        return None  # the parser of the settings says what is wrong
-    if not isinstance(content, dict) or "variants" not in content:
-        return None
-    variants, seeds = content.pop("variants"), content.pop("seeds", ["0"])
-    jobs, reference = content.pop("jobs", "1"), content.pop("reference", "")
-    if not isinstance(variants, dict) or not variants or not all(isinstance(v, dict) for v in variants.values()):
-        raise ConfigurationError(f"{path}: variants must be a mapping of names to mappings of settings.")
-    if reference not in variants:
-        raise ConfigurationError(f"{path}: reference must be one of the variants, got {reference or 'none'}.")
-    if not isinstance(seeds, list) or not seeds or not all(str(seed).isdigit() for seed in seeds):
-        raise ConfigurationError(f"{path}: seeds must be a list of whole numbers, 0 or above, got {seeds}.")
-    if not str(jobs).isdigit() or int(jobs) < 1:
-        raise ConfigurationError(f"{path}: jobs must be 1 or above, got {jobs}.")
-    folder = Path(content.pop("output_dir", Ablation.folder))
-    if "--output_dir" in flags:
-        at = flags.index("--output_dir")
-        if at + 1 == len(flags):
-            raise ConfigurationError("--output_dir must name a folder.")
-        folder = Path(flags[at + 1])
-        del flags[at : at + 2]
-    return Ablation(variants, content, reference, [int(seed) for seed in seeds], int(jobs), flags, folder)
+    def median(self) -> float | None:
+        """The median time of a step. None if there were fewer than two."""
+        return statistics.median(b - a for a, b in pairwise(self.ends)) if len(self.ends) > 1 else None
 
 
 def run_ablation(ablation: Ablation) -> Iterator[str]:
@@ -119,58 +67,51 @@ def run_ablation(ablation: Ablation) -> Iterator[str]:
             result = run_folder(ablation, name, seed) / RESULT
             if not result.is_file():
                 check_settings(name, settings, ablation.flags)
-                todo.append((result.parent, settings))
-            elif json.loads(result.read_text(encoding="utf-8"))["made_with"] != made_with(settings, ablation.flags):
+                todo.append((name, result.parent, settings))
+            elif read_result(result)["made_with"] != made_with(settings, ablation.flags):
                 raise ConfigurationError(
                     f"{result} was made with other settings. Give another output_dir, or delete it."
                 )
-    for folder, settings in todo:
+    for _, folder, settings in todo:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     threads = max((os.cpu_count() or 1) // ablation.jobs, 1)
     # A fresh process for each run: no run sees another's random numbers, threads or memory.
     pool = ProcessPoolExecutor(ablation.jobs, get_context("spawn"), max_tasks_per_child=1)
     try:
-        for future in as_completed([pool.submit(run_variant, *item, ablation.flags, threads) for item in todo]):
-            yield future.result()
+        runs = {
+            pool.submit(run_variant, folder, settings, ablation.flags, threads): f"{name}, seed {settings['seed']}"
+            for name, folder, settings in todo
+        }
+        for future in as_completed(runs):
+            try:
+                yield future.result()
+            except DistillationError as error:
+                raise ConfigurationError(f"variant {runs[future]}: {error}") from error
+            except BrokenProcessPool as error:
+                raise ConfigurationError(
+                    f"variant {runs[future]}: its process was killed, as it is when memory runs out. Lower jobs, and "
+                    "run the same command again."
+                ) from error
     finally:
-        # After an error or an interrupt no further run starts.
-        pool.shutdown(wait=False, cancel_futures=True)
+        # After an error or an interrupt no further run starts; those that are running end, and are kept.
+        pool.shutdown(cancel_futures=True)
     shown = table(ablation)
     (ablation.folder / "ablation.md").write_text(shown + "\n", encoding="utf-8")
     yield shown
 
 
-def run_folder(ablation: Ablation, name: str, seed: int) -> Path:
-    """Where the result of one variant and seed goes."""
-    plain = "".join(character if character.isalnum() else "_" for character in name)
-    return ablation.folder / f"{plain}-{seed}"
-
-
-def settings_of(ablation: Ablation, name: str, seed: int) -> dict[str, Any]:
-    """The settings of one run, as text."""
-    own = {"seed": str(seed), "output_dir": str(run_folder(ablation, name, seed))}
-    return {**ablation.settings, **ablation.variants[name], **FIXED, **own}
-
-
-def check_settings(name: str, settings: dict[str, Any], flags: list[str]) -> None:
-    """Parse the settings of a variant as its run will.
+def read_result(path: Path) -> dict[str, Any]:
+    """What a run wrote.
 
     Raises:
-        ConfigurationError: If one is wrong.
+        ConfigurationError: If the file is damaged.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / CONFIG
-        path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        try:
-            parse_arguments([str(path), *flags])
-        except ConfigurationError as error:
-            raise ConfigurationError(f"variant {name}: {str(error).removeprefix(f'{path}: ')}") from error
-
-
-def made_with(settings: dict[str, Any], flags: list[str]) -> dict[str, Any]:
-    """What decides whether a result may be kept."""
-    return {"settings": settings, "flags": flags}
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return {name: result[name] for name in (*FIGURES, "made_with")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(f"{path} is damaged. Delete it, and run the same command again.") from error
 
 
 def run_variant(folder: Path, settings: dict[str, Any], flags: list[str], threads: int) -> str:
@@ -194,17 +135,18 @@ def run_variant(folder: Path, settings: dict[str, Any], flags: list[str], thread
         processing_class=tokenizers[0],
         teacher_processing_class=tokenizers[1],
     )
-    start = time.perf_counter()
+    trainer.remove_callback(PrinterCallback)
+    clock = StepClock()
+    trainer.add_callback(clock)
     trainer.train()
-    seconds = (time.perf_counter() - start) / trainer.state.max_steps
     test, _ = prepare_dataset(splits["test"], *tokenizers, max_length=args.max_length)
-    figures = {**score(trainer, list(test), args), "seconds_per_step": seconds}
+    figures = {**score(trainer, list(test), args), "seconds_per_step": clock.median()}
     # Last and whole, so that a run that was stopped is run again.
     scratch = folder / f"{RESULT}.part"
     figures["made_with"] = made_with(settings, flags)
     scratch.write_text(json.dumps(figures, indent=2), encoding="utf-8")
     scratch.replace(folder / RESULT)
-    return f"{folder.name:40} {figures['bits_per_byte']:.4f} bits per byte, {seconds:.3f} s per step"
+    return f"{folder.name:40} {figures['bits_per_byte']:.4f} bits per byte"
 
 
 def score(trainer: DistillationTrainer, windows: list[dict[str, Any]], args: DistillationArguments) -> dict[str, Any]:
@@ -242,7 +184,7 @@ def table(ablation: Ablation) -> str:
     found: dict[str, dict[int, dict]] = {}
     for name in ablation.variants:
         paths = {seed: run_folder(ablation, name, seed) / RESULT for seed in ablation.seeds}
-        found[name] = {s: json.loads(path.read_text(encoding="utf-8")) for s, path in paths.items() if path.is_file()}
+        found[name] = {s: read_result(path) for s, path in paths.items() if path.is_file()}
     lines = [
         f"| variant | seeds | bits per byte | sd | - {ablation.reference} | se | its teacher | s per step |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -254,6 +196,7 @@ def table(ablation: Ablation) -> str:
         against = found[ablation.reference]
         paired = [r["bits_per_byte"] - against[s]["bits_per_byte"] for s, r in results.items() if s in against]
         teachers: list[Any] = [result["aware"] or result["teacher"] for result in results.values()]
+        seconds = [result["seconds_per_step"] for result in results.values()]
         cells = (
             name,
             str(len(values)),
@@ -262,7 +205,7 @@ def table(ablation: Ablation) -> str:
             f"{statistics.mean(paired):+.4f}" if paired else "-",
             f"{statistics.stdev(paired) / len(paired) ** 0.5:.4f}" if len(paired) > 1 else "-",
             "-" if None in teachers else f"{statistics.mean(teachers):.4f}",
-            f"{statistics.median(result['seconds_per_step'] for result in results.values()):.3f}",
+            "-" if None in seconds else f"{statistics.median(seconds):.3f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -4,7 +4,8 @@ import pytest
 import yaml
 from builders import ASSETS
 
-from distill_trainer.ablation import RESULT, Ablation, read_ablation, table
+from distill_trainer.ablation import RESULT, StepClock, table
+from distill_trainer.ablation_file import Ablation, read_ablation
 from run_distillation import main
 
 TEXT = "The Union of these States was made by their people, and it is kept by them. " * 12
@@ -63,6 +64,7 @@ def test_every_variant_is_trained_scored_and_tabled_and_kept_when_run_again(tmp_
     difference = router["bits_per_byte"] - found["gate-0"]["bits_per_byte"]
     assert f"{router['bits_per_byte']:.4f}" in row and f"{difference:+.4f}" in row
     assert (tmp_path / "out" / "ablation.md").read_text() in shown
+    assert "train_runtime" not in shown
 
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob(f"*/{RESULT}")}
     (tmp_path / "out" / "text-0" / RESULT).unlink()
@@ -86,6 +88,10 @@ def test_every_variant_is_trained_scored_and_tabled_and_kept_when_run_again(tmp_
         ({"seeds": []}, "seeds must be a list of whole numbers"),
         ({"seeds": ["x"]}, "seeds must be a list of whole numbers"),
         ({"jobs": 0}, "jobs must be 1 or above, got 0"),
+        ({"seeds": [1, 1]}, "two runs would share the folder"),
+        ({"variants": {"gate": {}, "a b": {}, "a-b": {}}}, "two runs would share the folder"),
+        ({"seed": 3}, "an ablation sets seed for each run itself. Take it out."),
+        ({"variants": {"gate": {"eval_strategy": "steps"}}}, "an ablation sets eval_strategy for each run itself"),
         ({"learning_rte": 1}, "learning_rte is not a known setting"),
         ({"variants": {"gate": {"top_k": 2}}}, "top_k is not a known setting"),
         ({"variants": {"gate": {"kl_weight": -1}}}, "kl_weight must be"),
@@ -107,10 +113,46 @@ def test_other_files_are_no_ablation(tmp_path):
         assert read_ablation(argv) is None
 
 
-def test_the_output_folder_can_be_given_by_a_flag(tmp_path):
+@pytest.mark.parametrize("flag", [["--output_dir", "{}"], ["--output-dir", "{}"], ["--output_dir={}"]])
+@pytest.mark.parametrize("named", [[], ["--config"]])
+def test_the_output_folder_can_be_given_by_a_flag(tmp_path, flag, named):
     path = written(tmp_path, content(tmp_path))
-    ablation = read_ablation([path, "--output_dir", str(tmp_path / "other"), "--seed", "1"])
-    assert ablation.folder == tmp_path / "other" and ablation.flags == ["--seed", "1"]
+    given = [part.format(tmp_path / "other") for part in flag]
+    ablation = read_ablation([*named, path, *given, "--learning_rate", "1"])
+    assert ablation.folder == tmp_path / "other" and ablation.flags == ["--learning_rate", "1"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--output_dir"], "--output_dir must name a folder"),
+        (["--seed", "1"], "an ablation sets seed for each run itself"),
+        (["--eval-strategy=steps"], "an ablation sets eval_strategy for each run itself"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_nothing_runs(tmp_path, capfd, flags, part):
+    assert main([written(tmp_path, content(tmp_path)), *flags]) == 2
+    error = capfd.readouterr().err.strip()
+    assert part in error and error.count("\n") == 0
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_run_that_fails_and_a_damaged_result_are_named(tmp_path, capfd):
+    settings = content(tmp_path, variants={"gate": {}, "no text": {"datasets": [str(tmp_path / "nowhere")]}})
+    path = written(tmp_path, settings)
+    assert main([path]) == 2
+    assert "error: variant no text, seed 0: " in capfd.readouterr().err
+    (tmp_path / "out" / "gate-0").mkdir(exist_ok=True)
+    (tmp_path / "out" / "gate-0" / RESULT).write_text('{"bits_per_byte": ')
+    assert main([path]) == 2
+    assert f"{tmp_path / 'out' / 'gate-0' / RESULT} is damaged. Delete it" in capfd.readouterr().err
+
+
+def test_the_time_of_a_step_is_without_the_start():
+    clock = StepClock()
+    assert clock.median() is None
+    clock.ends = [100.0, 101.0, 103.0, 103.5]
+    assert clock.median() == 1.0
 
 
 def test_differences_are_paired_by_seed(tmp_path):
@@ -119,7 +161,7 @@ def test_differences_are_paired_by_seed(tmp_path):
     for name, values in figures.items():
         for seed, value in enumerate(values):
             (tmp_path / f"{name}-{seed}").mkdir()
-            result = {"bits_per_byte": value, "teacher": 1.0, "aware": None, "seconds_per_step": 0.5}
+            result = {"bits_per_byte": value, "teacher": 1.0, "aware": None, "seconds_per_step": 0.5, "made_with": {}}
             (tmp_path / f"{name}-{seed}" / RESULT).write_text(json.dumps(result))
     rows = table(ablation).splitlines()
     # Differences -0.1, -0.2, -0.3: mean -0.2, standard deviation 0.1, error 0.1 / sqrt(3).

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distill_trainer.ablation import check_settings, read_ablation, settings_of
+from distill_trainer.ablation_file import check_settings, read_ablation, settings_of
 from distill_trainer.arguments import parse_arguments
 
 CONFIGS = Path(__file__).parents[1] / "configs"

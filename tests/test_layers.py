@@ -18,7 +18,7 @@ LAYERS = [
         *("data", "documents", "loading", "scoring"),
     },
     {"assembly", "callbacks", "checkpoint", "hub", "step_record", "trainer", "teacher_cache"},
-    {"ablation", "evaluation", "report", "export", "demo"},
+    {"ablation", "ablation_file", "evaluation", "report", "export", "demo"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Lines of a module, by its name or its folder's.
