@@ -47,7 +47,7 @@ class DistillationArguments(TrainingArguments):
     )
     gap_schedule: bool = field(
         default=True,
-        metadata={"help": "Scale kl_weight down as the student's measured gap to the teacher closes."},
+        metadata={"help": "Scale kl_weight down as the student's gap to the teacher closes in the first pass over the data."},
     )
     phase_boundaries: list[float] = field(
         default_factory=lambda: [0.1, 0.2],

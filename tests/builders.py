@@ -303,12 +303,13 @@ def arguments(output_dir, **changes) -> DistillationArguments:
 def tiny_trainer(
     output_dir, *, student=None, teacher="qwen3_moe", callbacks=None, rows=10, **changes
 ) -> DistillationTrainer:
-    """A trainer over the first windows; `teacher` is a family, a model or None."""
+    """A trainer over the first windows, again and again; `teacher` is a family, a model or None."""
+    texts = windows()
     return DistillationTrainer(
         tiny_llama() if student is None else student,
         tiny_moe(teacher) if isinstance(teacher, str) else teacher,
         arguments(output_dir, **changes),
-        train_dataset=windows().select(range(rows)),
+        train_dataset=texts.select(row % len(texts) for row in range(rows)),
         eval_dataset=windows().select(range(5)),
         processing_class=tokenizer("student"),
         teacher_processing_class=tokenizer("teacher"),

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_distillation
 from distill_trainer import hub, losses
-from distill_trainer.ablation import read_ablation
+from distill_trainer.ablation_file import read_ablation
 from distill_trainer.alignment import anchor_pairs
 from distill_trainer.arguments import DataArguments, DistillationArguments, ModelArguments, parse_arguments
 from distill_trainer.demo import ASSETS

@@ -91,15 +91,16 @@ class Optimizer:
         self.cleared += 1
 
 
-def steps(record, kls, limit):
+def steps(record, kls, limit, epoch_steps=10):
     """The callback after one step for each value, the optimizer and the gap."""
     gap, optimizer, state = KnowledgeGap(), Optimizer(), TrainerState(global_step=0)
     callback = StepCallback(record, gap, max_nonfinite_steps=limit)
     for kl in kls:
         record.add(micro_batch(kl=kl, gap_difference=kl, gap_count=1.0))
         callback.on_pre_optimizer_step(None, state, TrainerControl(), model=torch.nn.Linear(1, 1), optimizer=optimizer)
-        callback.on_step_end(None, state, TrainerControl())
         state.global_step += 1
+        state.epoch = state.global_step / epoch_steps
+        callback.on_step_end(None, state, TrainerControl())
     return optimizer, gap
 
 
@@ -108,6 +109,11 @@ def test_a_broken_step_loses_its_gradients_and_a_sound_one_keeps_them(record):
     assert optimizer.cleared == 2
     # Only the sound steps count for the gap.
     assert int(gap.steps) == 2 and float(gap.running) == pytest.approx(2.0)
+
+
+def test_the_gap_is_measured_on_text_that_the_student_reads_for_the_first_time(record):
+    _, gap = steps(record, [3.0, 2.0, 1.0, 0.5], limit=2, epoch_steps=3)
+    assert int(gap.steps) == 3 and float(gap.running) == pytest.approx(2.0)
 
 
 def test_the_limit_counts_steps_in_a_row(record):

@@ -146,7 +146,7 @@ def test_a_loss_without_weight_has_no_modules_and_is_not_computed(tmp_path):
 
 def test_the_weights_stay_when_the_gap_schedule_is_off(tmp_path):
     # This teacher knows less than the student, so that the schedule would take its weight away.
-    trainer = tiny_trainer(tmp_path, gap_schedule=False, max_steps=GAP_WARMUP_STEPS + 4)
+    trainer = tiny_trainer(tmp_path, gap_schedule=False, max_steps=GAP_WARMUP_STEPS + 4, rows=100)
     trainer.train()
     assert set(logged(trainer, "distill/weight_kl")) == {0.7}
     assert trainer.distillation_model.gap.ratio() < 1

@@ -100,6 +100,7 @@ def test_the_knowledge_gap_is_resumed(tmp_path):
             student=tiny_llama(initializer_range=1.0),
             teacher=tiny_moe(initializer_range=0.02),
             save_strategy="steps",
+            rows=100,
             **changes,
         )
         trainer.train(resume_from_checkpoint=checkpoint and str(tmp_path / checkpoint))
