@@ -47,7 +47,9 @@ class DistillationArguments(TrainingArguments):
     )
     gap_schedule: bool = field(
         default=True,
-        metadata={"help": "Scale kl_weight down as the student's gap to the teacher closes in the first pass over the data."},
+        metadata={
+            "help": "Scale kl_weight down as the student's gap to the teacher closes in the first pass over the data."
+        },
     )
     phase_boundaries: list[float] = field(
         default_factory=lambda: [0.1, 0.2],
@@ -102,7 +104,9 @@ class DistillationArguments(TrainingArguments):
     )
     router_parts: list[str] = field(
         default_factory=lambda: list(ROUTER_PARTS),
-        metadata={"help": "What moves the router from the gate: importance (both models' states), capacity, gap."},
+        metadata={
+            "help": "What moves the router from the gate: importance (both models' states), capacity, gap, or none."
+        },
     )
     expert_sampling: int = field(
         default=0,
@@ -271,13 +275,15 @@ class DistillationArguments(TrainingArguments):
             check_number(name, getattr(self, name), above=0)
         for name in ("router_student_weight", "router_anchor_weight", "router_balance_weight"):
             check_number(name, getattr(self, name), least=0)
-        for name in ("learning_rate", "router_learning_rate", "dataloader_num_workers", "seed"):
+        for name in ("learning_rate", "router_learning_rate"):
             check_number(name, getattr(self, name), least=0)
+        for name in ("dataloader_num_workers", "seed", "expert_sampling"):
+            check_number(name, getattr(self, name), least=0, whole=True)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            check_number(name, getattr(self, name), least=1)
+            check_number(name, getattr(self, name), least=1, whole=True)
         for name in ("initial_top_k", "final_top_k", "router_interval", "max_nonfinite_steps", "lora_r", "lora_alpha"):
-            check_number(name, getattr(self, name), least=1)
-        check_number("max_length", self.max_length, least=2)
+            check_number(name, getattr(self, name), least=1, whole=True)
+        check_number("max_length", self.max_length, least=2, whole=True)
         check_number("num_train_epochs", self.num_train_epochs, above=0)
         if not 0 <= self.lora_dropout < 1:
             raise ConfigurationError(f"lora_dropout must be from 0 to below 1, got {self.lora_dropout}.")
@@ -286,9 +292,9 @@ class DistillationArguments(TrainingArguments):
             raise ConfigurationError(f"phase_boundaries must be two rising values from 0 to 1, got {bounds}.")
 
     def _check_router(self) -> None:
-        if isinstance(self.router_layers, list):
-            self.router_layers = [str(layer) for layer in self.router_layers]
         layers = self.router_layers
+        if isinstance(layers, list) or str(layers).isdigit():
+            self.router_layers = layers = [str(layer) for layer in (layers if isinstance(layers, list) else [layers])]
         if isinstance(layers, list) and len(layers) == 1 and not layers[0].isdigit():
             layers = self.router_layers = layers[0]
         named = isinstance(layers, list) and layers and all(re.fullmatch(r"\d+", layer) for layer in layers)
@@ -296,15 +302,18 @@ class DistillationArguments(TrainingArguments):
             raise ConfigurationError(
                 f"router_layers must be last, last:N, all, or layer numbers as in 1 3, got {layers}."
             )
+        self.router_parts = [] if self.router_parts == ["none"] else self.router_parts
+        if not isinstance(self.router_parts, list):
+            raise ConfigurationError(f"router_parts must be a list of names, got {self.router_parts}.")
         for part in self.router_parts:
             check_choice("router_parts", part, ROUTER_PARTS)
-        check_number("expert_sampling", self.expert_sampling, least=0)
         if self.expert_sampling and layers != "last":
             raise ConfigurationError(
                 f"expert_sampling must be 0 unless router_layers is last, got {self.expert_sampling}. Several choices "
                 "in several layers would run these layers once for each."
             )
-        if not 0 < self.router_until <= 1:
+        check_number("router_until", self.router_until, above=0)
+        if self.router_until > 1:
             raise ConfigurationError(f"router_until must be above 0 and up to 1, got {self.router_until}.")
 
     def _check_logits(self) -> None:

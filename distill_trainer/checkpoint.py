@@ -6,7 +6,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -42,7 +42,7 @@ def save_modules(
         student, weights = copy.deepcopy(student).merge_and_unload(), None
     student.save_pretrained(folder, state_dict=weights)
     extras = {name: value.contiguous().cpu() for name, value in state.items() if not name.startswith(STUDENT_PREFIX)}
-    save_file(extras, folder / MODULES_FILE, metadata={"format": "pt"})
+    save_file(extras, folder / MODULES_FILE, metadata={"format": "pt", "router_parts": _router_parts(model)})
     tokenizer.save_pretrained(folder)
 
 
@@ -76,12 +76,14 @@ def load_modules(folder: Path, model: DistillationModel) -> None:
             f"{folder} was written {'without' if adapted else 'with'} use_peft. Resume it with the same setting."
         )
     try:
-        extras = load_file(folder / MODULES_FILE)
-        expected = model.extra_state_dict()
-        if {n: v.shape for n, v in extras.items()} != {n: v.shape for n, v in expected.items()}:
+        extras, expected = load_file(folder / MODULES_FILE), model.extra_state_dict()
+        with safe_open(folder / MODULES_FILE, framework="pt") as file:
+            router_parts = (file.metadata() or {}).get("router_parts")
+        same_shapes = {n: v.shape for n, v in extras.items()} == {n: v.shape for n, v in expected.items()}
+        if not same_shapes or router_parts != _router_parts(model):
             raise CheckpointError(
-                f"{folder} was written by a run with another teacher, student or set of losses. Resume it with the "
-                "settings that it was started with."
+                f"{folder} was written by a run with another teacher, student, set of losses, router_layers or "
+                "router_parts. Resume it with the settings that it was started with."
             )
         if adapted:
             model.student.load_adapter(str(folder), model.student.active_adapter, is_trainable=True)
@@ -98,3 +100,8 @@ def load_modules(folder: Path, model: DistillationModel) -> None:
 
 def _student_part(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(STUDENT_PREFIX): v for n, v in state.items() if n.startswith(STUDENT_PREFIX)}
+
+
+def _router_parts(model: DistillationModel) -> str:
+    """What the router reads. Two of its parts have inputs of one size, so shapes do not tell them apart."""
+    return "" if model.routing is None else " ".join(model.routing.parts)

@@ -47,7 +47,8 @@ class ExpertCall:
         """Logits whose softmax and top-k give the gate's own choice and the ratios of its weights.
 
         They are the gate's scores where it is a softmax, and their log-sigmoid where it is a sigmoid. Gates that bar
-        experts (by groups, or by a bias that steers the choice alone) have these below what they chose.
+        experts (by groups, or by a bias that steers the choice alone) have these below what they chose. A gate that
+        chooses one expert has no ratios of weights, and counts as a softmax: its choice is the same with both.
 
         Returns:
             `(num_tokens, num_experts)`, float32.
@@ -98,8 +99,8 @@ def expert_blocks(model: PreTrainedModel) -> list[nn.Module]:
     if not blocks and is_mixture(model):
         raise UnsupportedModelError(
             f"The experts of the teacher {type(model).__name__} cannot be found: none of its blocks follows the "
-            "experts interface of transformers. Use a teacher such as Qwen3-MoE, Qwen2-MoE, Mixtral or OLMoE, or set "
-            "use_router to false to distil from its own gate."
+            "experts interface of transformers. Use a teacher such as Qwen3-MoE, Mixtral, OLMoE, DeepSeek-V3, gpt-oss "
+            "or Granite-MoE, or set use_router to false to distil from its own gate."
         )
     return blocks
 

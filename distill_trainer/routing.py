@@ -34,6 +34,7 @@ class Routing(nn.Module):
     ):
         super().__init__()
         self.num_samples = num_samples
+        self.parts = tuple(part for part in ROUTER_PARTS if part in parts)
         self.routers = nn.ModuleDict(
             {
                 str(layer): StudentAwareRouter(rows, student_hidden_size, parts)

@@ -75,8 +75,8 @@ class StepCallback(TrainerCallback):
 
     Before: a step whose losses or gradient are not finite is left out, and `max_nonfinite_steps` of them in a row stop
     the run.
-    After: the step's knowledge gap goes into its running average, in the first pass over the data. Text that the student
-    has been trained on says what it remembers, not what it knows.
+    After: the step's knowledge gap goes into its running average, in the first pass over the data. Text that the
+    student has been trained on says what it remembers, not what it knows.
 
     Args:
         record: What the micro-batches reported.

@@ -194,8 +194,8 @@ class Teacher:
                 use there, each `(num_anchors, top_k)`. Several mixtures per anchor, `(num_anchors, num_samples,
                 top_k)`, are possible where only the last layer is re-routed.
         """
-        layers = {i: self._in_place(output, i, choose) for i in output.experts if i not in self.routed.depth}
         with torch.autocast(self.model.device.type, enabled=False):
+            layers = {i: self._in_place(output, i, choose) for i in output.experts if i not in self.routed.depth}
             if self.replayed:
                 layers |= self._again(output, choose)
                 residual = layers.pop(self.last_layer)

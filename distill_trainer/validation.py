@@ -7,11 +7,15 @@ from pathlib import Path
 from distill_trainer.errors import ConfigurationError
 
 
-def check_number(name: str, value: float, *, least: float | None = None, above: float | None = None) -> None:
-    """Raise unless `value` is finite and at least `least`, or above `above`."""
-    fits = value >= least if least is not None else above is not None and value > above
-    if not fits or not math.isfinite(value):
+def check_number(
+    name: str, value: object, *, least: float | None = None, above: float | None = None, whole: bool = False
+) -> None:
+    """Raise unless `value` is a finite number, `whole` if that is asked, and at least `least`, or above `above`."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    fits = is_number and (value >= least if least is not None else above is not None and value > above)
+    if not fits or (whole and not isinstance(value, int)):
         rule = f"{least} or above" if least is not None else f"above {above}"
+        rule = f"a whole number, {rule}" if whole and fits else rule
         raise ConfigurationError(f"{name} must be {rule}, got {value}.")
 
 

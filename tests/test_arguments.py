@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 
 import pytest
 
@@ -83,6 +84,7 @@ ACCEPTED = [
     ("router_layers", ["1", "2"], "router_layers", ["1", "2"]),
     ("router_layers", "2", "router_layers", ["2"]),
     ("router_parts", ["gap", "capacity"], "router_parts", ["gap", "capacity"]),
+    ("router_parts", ["none"], "router_parts", []),
     ("expert_sampling", "4", "expert_sampling", 4),
     ("router_interval", "4", "router_interval", 4),
     ("router_until", "0.25", "router_until", 0.25),
@@ -224,6 +226,30 @@ def test_the_project_name_reaches_weights_and_biases():
 def test_a_wrong_value_is_one_line_that_names_field_and_value(flags, field, value):
     text = message(flags.split())
     assert field in text and value in text.replace("True", "true")
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"router_layers": None}, "router_layers must be last, last:N, all, or layer numbers as in 1 3, got None"),
+        ({"router_parts": None}, "router_parts must be a list of names, got None"),
+        ({"expert_sampling": 1.5}, "expert_sampling must be a whole number, 0 or above, got 1.5"),
+        ({"router_interval": None}, "router_interval must be 1 or above, got None"),
+        ({"router_interval": 2.0}, "router_interval must be a whole number, 1 or above, got 2.0"),
+        ({"router_until": None}, "router_until must be above 0, got None"),
+        ({"initial_top_k": "2"}, "initial_top_k must be 1 or above, got 2"),
+        ({"final_top_k": True}, "final_top_k must be 1 or above, got True"),
+    ],
+    ids=str,
+)
+def test_a_wrong_type_from_python_is_named_too(tmp_path, changes, rule):
+    with pytest.raises(ConfigurationError, match=re.escape(rule)):
+        DistillationArguments(str(tmp_path), use_cpu=True, **changes)
+
+
+@pytest.mark.parametrize("layers", [1, "1", ["1"], [1]])
+def test_a_layer_of_the_router_can_be_given_as_number_or_text(tmp_path, layers):
+    assert DistillationArguments(str(tmp_path), use_cpu=True, router_layers=layers).router_layers == ["1"]
 
 
 @pytest.mark.parametrize(

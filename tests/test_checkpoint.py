@@ -124,6 +124,8 @@ def test_damaged_adapters_are_an_error_in_one_line(tmp_path):
         {"feature_weight": 0.0},
         {"contrastive_weight": 0.0},
         {"use_router": False},
+        {"router_parts": ["importance", "gap"]},
+        {"router_layers": "all"},
         {"teacher": "dense"},
         {"teacher": "wider"},
     ],
@@ -136,9 +138,16 @@ def test_a_run_with_other_modules_cannot_be_resumed_and_stays_as_it_was(tmp_path
         changes = {"teacher": made[changes["teacher"]]()}
     other = tiny_trainer(tmp_path / "other", student=tiny_llama(seed=4), **changes)
     before = {name: value.clone() for name, value in other.distillation_model.state_dict().items()}
-    with pytest.raises(CheckpointError, match="another teacher, student or set of losses"):
+    with pytest.raises(CheckpointError, match="another teacher, student, set of losses"):
         load_modules(tmp_path / "checkpoint-2", other.distillation_model)
     assert_equal_states(other.distillation_model.state_dict(), before)
+
+
+def test_parts_of_the_router_of_one_size_are_told_apart(tmp_path):
+    trained(tmp_path, router_parts=["capacity"])
+    other = tiny_trainer(tmp_path / "other", router_parts=["gap"])
+    with pytest.raises(CheckpointError, match="router_parts"):
+        load_modules(tmp_path / "checkpoint-2", other.distillation_model)
 
 
 def test_another_students_weights_are_an_error(tmp_path):
