@@ -290,6 +290,17 @@ def test_layers_that_are_targets_only_have_routers_that_learn(tmp_path):
     assert len(logged(trainer, "distill/router_student_feature")) == 4
 
 
+def test_the_students_weight_reaches_the_routers_of_targets(tmp_path):
+    routers = []
+    for weight in (0.0, 5.0):
+        trainer = tiny_trainer(
+            tmp_path, router_layers=["0"], layer_map=["0:0", "1:2"], router_student_weight=weight, max_steps=1
+        )
+        trainer.train()
+        routers.append(trainer.distillation_model.routing.routers["0"].query.weight.detach())
+    assert not torch.equal(*routers)
+
+
 def test_the_routers_parts_and_samples_are_those_of_the_settings(tmp_path):
     routing = tiny_trainer(tmp_path, router_parts=["gap"], expert_sampling=3).distillation_model.routing
     assert routing.num_samples == 3 and [router.parts for router in routing.routers.values()] == [("gap",)]
