@@ -287,10 +287,18 @@ def test_a_head_that_does_more_than_known_is_an_error():
 
 def test_experts_that_are_not_simply_added_are_an_error():
     teacher = tiny_teacher()
+
+    def norm(module, inputs, output):
+        return output / output.norm(dim=-1, keepdim=True)
+
     # A norm behind the block: the mixture cannot be put in the place of the experts' output.
-    teacher.blocks[teacher.last_layer].register_forward_hook(lambda module, inputs, output: output / output.norm())
-    with pytest.raises(UnsupportedModelError, match="re-routing of the teacher Qwen3MoeForCausalLM"):
+    teacher.blocks[teacher.last_layer].register_forward_hook(norm)
+    with pytest.raises(
+        UnsupportedModelError, match="re-routing .* Set router_layers to last:2 or all"
+    ):
         teacher.verify()
+    # Where the layers run again, the norm runs as well.
+    Teacher(teacher.model, teacher.projection, router_layers="last:2").verify()
 
 
 def test_logits_that_overflow_name_the_setting_to_change():
