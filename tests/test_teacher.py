@@ -293,9 +293,7 @@ def test_experts_that_are_not_simply_added_are_an_error():
 
     # A norm behind the block: the mixture cannot be put in the place of the experts' output.
     teacher.blocks[teacher.last_layer].register_forward_hook(norm)
-    with pytest.raises(
-        UnsupportedModelError, match="re-routing .* Set router_layers to last:2 or all"
-    ):
+    with pytest.raises(UnsupportedModelError, match="re-routing .* Set router_layers to last:2 or all"):
         teacher.verify()
     # Where the layers run again, the norm runs as well.
     Teacher(teacher.model, teacher.projection, router_layers="last:2").verify()
