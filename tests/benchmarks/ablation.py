@@ -3,8 +3,8 @@
     python tests/benchmarks/ablation.py [--field value ...]
 
 The same as `python run_distillation.py configs/ablation.yaml`; flags are settings of every run. Results are files in
-the output folder: what is there is not run again. A natively trained teacher is made by native_teacher.py beside this
-file, and is used with `--teacher_model_name_or_path outputs/native_teacher --output_dir outputs/ablation_native`.
+the output folder: what is there is not run again. Other teachers are made by native_teacher.py and merged_teacher.py
+beside this file, and used as in `--teacher_model_name_or_path outputs/native_teacher --output_dir outputs/native`.
 """
 
 import sys
