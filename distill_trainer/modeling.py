@@ -13,7 +13,7 @@ from distill_trainer.anchors import IGNORE_INDEX
 from distill_trainer.layer_plan import LayerPairs
 from distill_trainer.logit_loss import LogitSettings, Survey
 from distill_trainer.logit_pass import LogitPass
-from distill_trainer.losses.attention import attention_loss, attention_rows, pool_spans
+from distill_trainer.losses.attention import attention_loss
 from distill_trainer.losses.contrastive import contrastive_loss, evenly_spaced
 from distill_trainer.losses.feature import feature_loss
 from distill_trainer.losses.layerwise import layerwise_loss
@@ -253,12 +253,7 @@ class DistillationModel(nn.Module):
         values = []
         for student, teacher in self.pairs.attention:
             taps = at.trunk.attentions[student]
-            rows = attention_rows(
-                taps.query, taps.key, batch["student_positions"], attention_mask.bool(), taps.scaling
-            )
-            # Pooling is linear: the mean over heads goes first, because it is all that the loss compares.
-            rows = rows.mean(dim=1, keepdim=True)
-            spans = pool_spans(rows, batch["student_positions"], batch["anchor_mask"])
+            spans = taps.over_spans(batch["student_positions"], attention_mask, batch["anchor_mask"])
             teacher_spans = at.teacher.attentions[teacher]
             values.append(
                 attention_loss(spans, teacher_spans, at.teacher.anchors.mask, num_items_in_batch=at.num_anchors)
