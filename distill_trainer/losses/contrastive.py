@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill_trainer.errors import ConfigurationError
+from distill_trainer.losses.feature import tame_outliers
 from distill_trainer.losses.reduction import select_pairs, token_mean
 
 # Anchors of a batch that are compared, over all ranks: each has at most 255 negatives, however large the batch.
@@ -33,8 +34,9 @@ def contrastive_loss(
     -log(exp(cos(s_i, t_i) / temperature) / sum_j exp(cos(s_i, t_j) / temperature)), averaged over i
     (https://huggingface.co/papers/1807.03748, equation 4; between student and teacher as in
     https://huggingface.co/papers/1910.10699; the temperature is that of
-    https://huggingface.co/papers/1805.01978). The sum holds each anchor's own teacher state and at most
-    `max_anchors - 1 + num_others` negatives, so time and memory are bounded by `max_anchors` times as many.
+    https://huggingface.co/papers/1805.01978). The states are taken without their outliers, see `tame_outliers`. The
+    sum holds each anchor's own teacher state and at most `max_anchors - 1 + num_others` negatives, so time and memory
+    are bounded by `max_anchors` times as many.
 
     A batch-level term: the negatives are the other anchors of the micro-batch, so values of micro-batches do not add
     up to the whole batch's, and the plain mean comes back.
@@ -65,7 +67,9 @@ def contrastive_loss(
     if other_features is not None:
         candidates = torch.cat([candidates, other_features.detach().float()])
     with torch.autocast(student.device.type, enabled=False):
-        scores = F.normalize(student, dim=-1) @ F.normalize(candidates, dim=-1).T / temperature
+        # With a massive channel in all states their cosines would be one.
+        student, candidates = (F.normalize(tame_outliers(x), dim=-1) for x in (student, candidates))
+        scores = student @ candidates.T / temperature
     if texts is not None:
         own = texts[mask][chosen]
         read = own if other_texts is None else torch.cat([own, other_texts])

@@ -57,6 +57,16 @@ def texts_of(groups):
     return torch.stack([torch.ones_like(groups), groups, torch.zeros_like(groups)], dim=-1)
 
 
+def test_a_massive_channel_of_all_states_leaves_them_told_apart():
+    _, teacher = random_features(16, (10, 512))
+    mask = torch.ones(10, dtype=torch.bool)
+    massive = teacher.clone()
+    massive[:, 3] = 1000.0
+    plain, told = contrastive_loss(teacher, teacher, mask), contrastive_loss(massive, massive, mask)
+    # Cosines of one for all would give log 10.
+    torch.testing.assert_close(told, plain, atol=1e-3, rtol=0)
+
+
 def test_repeated_text_is_no_negative():
     student, teacher = random_features(3)
     groups = torch.tensor([[5, 6, 9, 5], [6, 7, 8, 5]])
