@@ -123,7 +123,7 @@ def test_every_command_is_one_that_these_tests_know():
         assert any(re.fullmatch(pattern, line) for pattern in known), line
 
 
-BENCHMARKS = ["ablation", "bench_kl_methods", "bench_logit_loss", "bench_router", "native_teacher"]
+BENCHMARKS = ["ablation", "bench_kl_methods", "bench_logit_loss", "bench_router", "bench_step", "native_teacher"]
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
