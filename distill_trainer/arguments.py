@@ -37,7 +37,11 @@ class DistillationArguments(TrainingArguments):
         default=0.05, metadata={"help": "Weight of matching the layers of layer_map, 0 or above. 0 skips it."}
     )
     contrastive_weight: float = field(
-        default=0.05, metadata={"help": "Weight of the contrastive loss over hidden states, 0 or above. 0 skips it."}
+        default=0.05,
+        metadata={
+            "help": "Weight of the contrastive loss over hidden states (InfoNCE at temperature 0.07, at most 255 "
+            "negatives from all ranks), 0 or above. 0 skips it."
+        },
     )
     lm_weight: float | None = field(
         default=None,

@@ -13,12 +13,13 @@ from distill_trainer.anchors import IGNORE_INDEX
 from distill_trainer.layer_plan import LayerPairs
 from distill_trainer.logit_loss import LogitSettings, Survey
 from distill_trainer.logit_pass import LogitPass
-from distill_trainer.losses.attention import attention_loss, attention_rows, pool_spans
-from distill_trainer.losses.contrastive import contrastive_loss
+from distill_trainer.losses.attention import attention_loss
+from distill_trainer.losses.contrastive import contrastive_loss, evenly_spaced
 from distill_trainer.losses.feature import feature_loss
 from distill_trainer.losses.layerwise import layerwise_loss
 from distill_trainer.losses.logits import mean_belief
 from distill_trainer.losses.reduction import token_mean
+from distill_trainer.negatives import anchors_per_rank, last_tokens, of_other_ranks
 from distill_trainer.router import KnowledgeGap
 from distill_trainer.routing import Routing, router_losses, routing_metrics
 from distill_trainer.schedules import LOGIT_LOSSES, ScheduledValues
@@ -145,6 +146,8 @@ class DistillationModel(nn.Module):
         learnable = state_losses.pop("student_feature", None)
         if "attention" in losses:
             state_losses["attention"] = self._attention_loss(at, attention_mask, batch)
+        if "contrastive" in losses:
+            state_losses["contrastive"] = self._contrastive_loss(at, routed, input_ids, attention_mask)
         router = {}
         if self.routing is not None:
             # The student's side is detached in all of them.
@@ -192,7 +195,7 @@ class DistillationModel(nn.Module):
     def _state_losses(
         self, at: AnchorBatch, routed: RoutedBatch, losses: frozenset[str], unlocked_fraction: float
     ) -> dict[str, Tensor]:
-        """Feature, layer-wise and contrastive loss: the student's projected states against the teacher's.
+        """Feature and layer-wise loss: the student's projected states against the teacher's.
 
         And `student_feature`, if layers are re-routed as targets: how far these are from what the student holds.
         """
@@ -225,25 +228,32 @@ class DistillationModel(nn.Module):
                 unlocked_fraction=unlocked_fraction,
                 num_items_in_batch=at.num_anchors,
             )
-        if "contrastive" in losses:
-            student = self.contrastive_projections[0](at.select(at.trunk.last_hidden_state))
-            # A batch-level term: its plain mean counts by this micro-batch's share of the anchors.
-            share = 1.0 if at.num_anchors is None else len(at.mask) / at.num_anchors
-            result["contrastive"] = contrastive_loss(student, routed.residual, at.mask) * share
         if distances:
             result["student_feature"] = torch.stack(distances).mean()
         return result
+
+    def _contrastive_loss(
+        self, at: AnchorBatch, routed: RoutedBatch, input_ids: Tensor, attention_mask: Tensor
+    ) -> Tensor:
+        """Some of this rank's anchors against those of all ranks."""
+        anchors = at.teacher.anchors
+        chosen = evenly_spaced(len(anchors), anchors_per_rank(), input_ids.device)
+        rows, positions = anchors.rows[chosen], anchors.student_positions[chosen]
+        student = self.contrastive_projections[0](at.trunk.last_hidden_state[rows, positions])
+        teacher = routed.residual[chosen].detach().float()
+        texts = last_tokens(input_ids, attention_mask, rows, positions)
+        other_states, other_texts = of_other_ranks(teacher, texts)
+        loss = contrastive_loss(
+            student, teacher, at.mask[chosen], texts=texts, other_features=other_states, other_texts=other_texts
+        )
+        # A batch-level term: its plain mean counts by this micro-batch's share of the anchors.
+        return loss * (1.0 if at.num_anchors is None else len(at.mask) / at.num_anchors)
 
     def _attention_loss(self, at: AnchorBatch, attention_mask: Tensor, batch: dict[str, Tensor]) -> Tensor:
         values = []
         for student, teacher in self.pairs.attention:
             taps = at.trunk.attentions[student]
-            rows = attention_rows(
-                taps.query, taps.key, batch["student_positions"], attention_mask.bool(), taps.scaling
-            )
-            # Pooling is linear: the mean over heads goes first, because it is all that the loss compares.
-            rows = rows.mean(dim=1, keepdim=True)
-            spans = pool_spans(rows, batch["student_positions"], batch["anchor_mask"])
+            spans = taps.over_spans(batch["student_positions"], attention_mask, batch["anchor_mask"])
             teacher_spans = at.teacher.attentions[teacher]
             values.append(
                 attention_loss(spans, teacher_spans, at.teacher.anchors.mask, num_items_in_batch=at.num_anchors)

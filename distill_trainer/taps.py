@@ -12,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from distill_trainer.errors import UnsupportedModelError
+from distill_trainer.losses.attention import attention_rows, pool_spans
 from distill_trainer.losses.heads import Head
 
 ATTENTION_WITH_TAP = "sdpa_with_tap"
@@ -26,11 +27,31 @@ class AttentionInputs:
         query: `(batch_size, num_heads, sequence_length, head_dim)`.
         key: `(batch_size, num_key_value_heads, sequence_length, head_dim)`.
         scaling: Factor of the dot product.
+        visible: True where a query sees a key, `(batch_size, 1, sequence_length, sequence_length)`; None for all keys
+            up to it.
     """
 
     query: Tensor
     key: Tensor
     scaling: float
+    visible: Tensor | None = None
+
+    def over_spans(self, positions: Tensor, attention_mask: Tensor, anchor_mask: Tensor) -> Tensor:
+        """The heads' mean attention at anchors, its mass pooled over the spans between them; see `pool_spans`.
+
+        Args:
+            positions: Index of each anchor's token, increasing, `(batch_size, num_anchors)`.
+            attention_mask: 1 at real tokens, `(batch_size, sequence_length)`.
+            anchor_mask: True for real anchors, bool, `(batch_size, num_anchors)`.
+
+        Returns:
+            Float32, `(batch_size, 1, num_anchors, num_anchors)`.
+        """
+        rows = attention_rows(
+            self.query, self.key, positions, attention_mask.bool(), self.scaling, visible=self.visible
+        )
+        # Pooling is linear: the mean over heads goes first, because it is all that is compared.
+        return pool_spans(rows.mean(dim=1, keepdim=True), positions, anchor_mask)
 
 
 @dataclass
@@ -53,8 +74,19 @@ def _sdpa_with_tap(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
     tap = getattr(module, "attention_tap", None)
     if tap is not None:
         scaling = kwargs.get("scaling")
-        tap(AttentionInputs(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling))
+        biased = attention_mask is not None and attention_mask.dtype != torch.bool
+        if biased or kwargs.get("position_bias") is not None:
+            raise _beyond_dot_products(module)
+        # The mask that the model itself uses knows of windows, chunks and padding.
+        tap(AttentionInputs(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling, attention_mask))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _beyond_dot_products(module: nn.Module) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"The attention of {type(module).__name__} is not plain scaled dot product attention. "
+        "Set attention_weight to 0."
+    )
 
 
 AttentionInterface.register(ATTENTION_WITH_TAP, _sdpa_with_tap)
@@ -179,7 +211,8 @@ def check_attention(model: PreTrainedModel) -> None:
     """Raise unless a model computes the same with its attention tapped, on a few tokens.
 
     Raises:
-        UnsupportedModelError: If its attention does what scaled dot product attention does not: sinks, soft caps.
+        UnsupportedModelError: If its attention does what scaled dot product attention does not: sinks, soft caps,
+            position biases.
     """
     input_ids = torch.arange(1, 9, device=model.device).clamp(max=model.config.vocab_size - 1).unsqueeze(0)
     mask = torch.ones_like(input_ids)
@@ -196,7 +229,4 @@ def check_attention(model: PreTrainedModel) -> None:
         return  # of a broken model nothing can be said about its attention
     tolerance = {torch.float32: 1e-3, torch.float16: 1e-2}.get(model.dtype, 6e-2)
     if not (plain - tapped).abs().max() <= tolerance * plain.abs().max():
-        raise UnsupportedModelError(
-            f"The attention of {type(model).__name__} is not plain scaled dot product attention. "
-            "Set attention_weight to 0."
-        )
+        raise _beyond_dot_products(model)

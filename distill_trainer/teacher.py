@@ -14,7 +14,6 @@ from distill_trainer.alignment import VocabularyProjection
 from distill_trainer.anchors import Anchors, Spans
 from distill_trainer.errors import UnsupportedModelError
 from distill_trainer.layer_plan import RoutedLayers
-from distill_trainer.losses.attention import attention_rows, pool_spans
 from distill_trainer.mixing import like_the_gate, mix_experts, reroute_experts
 from distill_trainer.moe import ExpertCall, expert_layers, gate_rows, record_experts
 from distill_trainer.replay import LayerCall, record_calls, replay
@@ -157,13 +156,7 @@ class Teacher:
             trunk = run_trunk(self.model, input_ids, attention_mask, layers=tapped, attention_layers=attention_layers)
         tokens = anchors.rows * input_ids.shape[1] + anchors.teacher_positions
         attentions = {
-            layer: pool_spans(
-                attention_rows(
-                    taps.query, taps.key, batch["teacher_positions"], attention_mask.bool(), taps.scaling
-                ).mean(dim=1, keepdim=True),
-                batch["teacher_positions"],
-                batch["anchor_mask"],
-            )
+            layer: taps.over_spans(batch["teacher_positions"], attention_mask, batch["anchor_mask"])
             for layer, taps in trunk.attentions.items()
         }
         spans = Spans.of(batch, anchors)

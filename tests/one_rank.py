@@ -7,6 +7,8 @@ import torch
 from builders import tiny_trainer
 from transformers import TrainerCallback
 
+# Adds up over ranks, which see each other's anchors, but not over micro-batches.
+CONTRASTIVE = {"contrastive_weight": 0.05}
 # Terms that depend on who shares a micro-batch are off: they do not add up, by design.
 ADDITIVE = {
     "gap_weighting": False,
@@ -42,7 +44,7 @@ def two_steps(folder, **changes):
 
 if __name__ == "__main__":
     output = Path(sys.argv[1])
-    result = two_steps(output.parent, per_device_train_batch_size=4)
+    result = two_steps(output.parent, per_device_train_batch_size=4, **CONTRASTIVE)
     if int(torch.distributed.get_rank()) == 0:
         torch.save(result, output)
     torch.distributed.destroy_process_group()

@@ -14,7 +14,7 @@ LAYERS = [
         *("router", "moe", "mixing", "taps", "replay", "layer_plan"),
     },
     {
-        *("anchors", "teacher", "aligned", "logit_loss", "logit_pass", "routing", "modeling"),
+        *("anchors", "teacher", "aligned", "logit_loss", "logit_pass", "routing", "negatives", "modeling"),
         *("data", "documents", "loading", "scoring"),
     },
     {"assembly", "callbacks", "checkpoint", "hub", "step_record", "trainer", "teacher_cache"},

@@ -9,6 +9,7 @@ from builders import (
     NO_LOSSES,
     SAME,
     STUDENT_ROWS,
+    TEACHER_ROWS,
     collated,
     distillation_model,
     last_router,
@@ -195,6 +196,55 @@ def test_one_tokenizer_on_both_sides_gives_the_ordinary_kl_at_every_position():
     expected = 9 * (p.exp() * (p - q)).sum(-1)[predicted].mean()
     assert int(predicted.sum()) == len(Anchors.of(batch))
     torch.testing.assert_close(result["losses"]["kl"].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def spans_by_brute_force(model, batch, side, layer):
+    """The mean attention of each anchor to each span before it, `[row][anchor]`, one span at a time in float64."""
+    prefix = "teacher_" if side == "teacher" else ""
+    inputs = {name: batch[prefix + name] for name in ("input_ids", "attention_mask")}
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attention = model(**inputs, output_attentions=True).attentions[layer]
+    model.set_attn_implementation("sdpa")
+    spans = []
+    for row, present in enumerate(batch["anchor_mask"]):
+        ends = batch[f"{side}_positions"][row, present].tolist()
+        starts = [0, *(end + 1 for end in ends[:-1])]
+        mean = attention[row].double().mean(dim=0)
+        spans.append(
+            [[mean[end, a : b + 1].sum() for a, b in zip(starts, ends, strict=True) if a <= end] for end in ends]
+        )
+    return spans
+
+
+@pytest.mark.parametrize("sides", [("student", "teacher"), ("teacher", "student")])
+def test_the_attention_loss_is_the_kl_over_spans_of_text_that_two_tokenizers_cut(sides):
+    rows = {"student": STUDENT_ROWS, "teacher": TEACHER_ROWS}
+    student = tiny_llama(initializer_range=0.2, vocab_size=rows[sides[0]])
+    big = tiny_llama(seed=3, initializer_range=0.3, vocab_size=rows[sides[1]], num_key_value_heads=1)
+    mapping = VocabularyProjection.from_tokenizers(
+        tokenizer(sides[1]), tokenizer(sides[0]), rows[sides[1]], rows[sides[0]]
+    )
+    teacher = Teacher(big, mapping, use_router=False)
+    batch = collated(sides=sides)
+    assert not torch.equal(batch["student_positions"], batch["teacher_positions"])
+    found = run(distillation_model(teacher, student), teacher, batch, frozenset({"attention"}))["losses"]["attention"]
+    ours, theirs = spans_by_brute_force(student, batch, "student", 1), spans_by_brute_force(big, batch, "teacher", 1)
+    counted = Anchors.of(batch).mask
+    terms = [
+        sum(t * (t.log() - s.log()) for s, t in zip(ours[row][anchor], theirs[row][anchor], strict=True))
+        for row, anchor in counted.nonzero().tolist()
+    ]
+    torch.testing.assert_close(found.double(), torch.stack(terms).mean(), atol=1e-6, rtol=1e-4)
+    assert found > 0.01
+
+
+def test_the_attention_loss_of_a_model_with_itself_is_zero():
+    same = VocabularyProjection.from_tokenizers(tokenizer("student"), tokenizer("student"), STUDENT_ROWS, STUDENT_ROWS)
+    model = tiny_llama(initializer_range=0.2)
+    teacher = Teacher(copy.deepcopy(model), same, use_router=False)
+    result = run(distillation_model(teacher, model), teacher, collated(sides=SAME), frozenset({"attention"}))
+    assert result["losses"]["attention"] == 0
 
 
 @pytest.mark.parametrize("use_router", [True, False])

@@ -4,15 +4,22 @@ from builders import SHAPE, random_ids, tiny_llama, tiny_moe
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from distill_trainer.errors import UnsupportedModelError
 from distill_trainer.losses.attention import attention_rows
 from distill_trainer.taps import (
+    ATTENTION_WITH_TAP,
     attention_module,
     check_attention,
     decoder_layers,
@@ -26,16 +33,46 @@ DENSE = {name: value for name, value in SHAPE.items() if name != "num_experts_pe
 
 def gemma2():
     config = Gemma2Config(
-        **DENSE, head_dim=12, final_logit_softcapping=3.0, attn_logit_softcapping=None, sliding_window=64
+        **DENSE, head_dim=12, final_logit_softcapping=3.0, attn_logit_softcapping=None, sliding_window=3
     )
     return Gemma2ForCausalLM(config).eval()
+
+
+def gemma():
+    """One key head, and embeddings that the trunk multiplies."""
+    return GemmaForCausalLM(GemmaConfig(**(DENSE | {"num_key_value_heads": 1}), head_dim=12)).eval()
+
+
+def mistral():
+    """A window in every layer."""
+    return MistralForCausalLM(MistralConfig(**DENSE, sliding_window=2)).eval()
+
+
+def qwen3():
+    """Queries and keys behind a norm."""
+    return Qwen3ForCausalLM(Qwen3Config(**DENSE, head_dim=12)).eval()
+
+
+def gpt2():
+    """Learned absolute positions, where a position off by the padding shows; modules of other names."""
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=2048, n_positions=16, initializer_range=0.2)
+    return GPT2LMHeadModel(config).eval()
 
 
 def granite():
     return GraniteForCausalLM(GraniteConfig(**DENSE, logits_scaling=8.0, attention_multiplier=0.1)).eval()
 
 
-MODELS = {"llama": lambda: tiny_llama().eval(), "qwen3_moe": tiny_moe, "gemma2": gemma2, "granite": granite}
+MODELS = {
+    "llama": lambda: tiny_llama().eval(),
+    "qwen3": qwen3,
+    "qwen3_moe": tiny_moe,
+    "gpt2": gpt2,
+    "gemma": gemma,
+    "gemma2": gemma2,
+    "mistral": mistral,
+    "granite": granite,
+}
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -66,7 +103,8 @@ def test_rows_from_tapped_queries_and_keys_are_the_eager_attentions(name, side):
         ).attentions
     every = torch.arange(ids.shape[1]).expand_as(ids)
     for layer in layers:
-        rows = attention_rows(taps[layer].query, taps[layer].key, every, mask.bool(), taps[layer].scaling)
+        tap = taps[layer]
+        rows = attention_rows(tap.query, tap.key, every, mask.bool(), tap.scaling, visible=tap.visible)
         real = mask.bool()[:, None, :, None].expand_as(rows)
         torch.testing.assert_close(rows[real], expected[layer][real], atol=3e-6, rtol=0)
 
@@ -93,21 +131,34 @@ def test_residuals_are_the_models_own_hidden_states(name, side):
     torch.testing.assert_close(output.last_hidden_state[real], expected.hidden_states[count][real])
 
 
+@pytest.mark.parametrize(("name", "with_window"), [("gemma2", [0, 2]), ("mistral", [0, 1, 2]), ("qwen3", [])])
+def test_a_window_hides_keys_in_the_layers_that_have_one(name, with_window):
+    taps = run_trunk(MODELS[name](), *padded("right"), attention_layers=(0, 1, 2)).attentions
+    assert [layer for layer, tap in taps.items() if not tap.visible[0, 0, 8, 0]] == with_window
+
+
+@every_model
+def test_tapping_asks_for_no_hidden_states_and_no_attention_maps(name):
+    model = MODELS[name]()
+    asked = []
+
+    def watch(module, args, kwargs):
+        asked.append((model.config._attn_implementation, {key for key, value in kwargs.items() if value is True}))
+
+    model.base_model.register_forward_pre_hook(watch, with_kwargs=True)
+    run_trunk(model, *padded("right"), layers=(0,), attention_layers=(1,))
+    assert asked == [(ATTENTION_WITH_TAP, set())]
+
+
 def test_only_the_chosen_layers_are_kept():
     output = run_trunk(tiny_moe(), *padded("right"), layers=(1,), attention_layers=(0, 2))
     assert set(output.layers) == {1} and set(output.attentions) == {0, 2}
 
 
-def gpt2():
-    """Learned absolute positions, where a position off by the padding shows."""
-    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=2048, n_positions=16, initializer_range=0.2)
-    return GPT2LMHeadModel(config).eval()
-
-
-@pytest.mark.parametrize("build", [*MODELS.values(), gpt2], ids=[*MODELS, "gpt2"])
-def test_left_padded_text_reads_as_unpadded_text(build):
+@every_model
+def test_left_padded_text_reads_as_unpadded_text(name):
     torch.manual_seed(0)
-    model = build()
+    model = MODELS[name]()
     ids, mask = padded("left")
     with torch.no_grad():
         batch = run_trunk(model, ids, mask).last_hidden_state[1, -5:]
@@ -172,3 +223,15 @@ def test_attention_that_is_more_than_scaled_dot_products_is_told(soft_cap):
         with pytest.raises(UnsupportedModelError, match="attention of Gemma2ForCausalLM .* Set attention_weight to 0"):
             check_attention(model)
     assert model.training
+
+
+def test_a_bias_in_place_of_a_mask_is_told():
+    model = tiny_llama()
+
+    def bias(module, args, kwargs):
+        length = kwargs["hidden_states"].shape[1]
+        return args, kwargs | {"attention_mask": torch.zeros(1, 1, length, length)}
+
+    model.model.layers[-1].self_attn.register_forward_pre_hook(bias, with_kwargs=True)
+    with pytest.raises(UnsupportedModelError, match="attention of LlamaForCausalLM .* Set attention_weight to 0"):
+        check_attention(model)

@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from builders import logged, tiny_llama, tiny_moe, tiny_trainer
-from one_rank import two_steps
+from one_rank import CONTRASTIVE, two_steps
 from transformers import TrainerCallback
 
 from distill_trainer.errors import NonFiniteLossError
 from distill_trainer.logit_pass import LogitPass
 from distill_trainer.router import GAP_WARMUP_STEPS
 
+COMPARED = ("loss", "grad_norm", "distill/loss_kl", "distill/router_ce", "distill/loss_lm", "distill/gap")
 
-def assert_same_run(first, second, tolerance=1e-6):
-    for name in ("loss", "grad_norm", "distill/loss_kl", "distill/router_ce", "distill/loss_lm", "distill/gap"):
+
+def assert_same_run(first, second, tolerance=1e-6, names=COMPARED):
+    for name in names:
         values = [[entry[name] for entry in run["log"] if name in entry] for run in (first, second)]
         assert values[0] == pytest.approx(values[1], rel=1e-4), name
     assert first["gradients"].keys() == second["gradients"].keys()
@@ -40,7 +42,7 @@ def test_accumulated_micro_batches_equal_one_large_batch(tmp_path, one_big_batch
     assert_same_run(one_big_batch, split)
 
 
-def test_two_processes_equal_one_large_batch(tmp_path, one_big_batch):
+def test_two_processes_equal_one_large_batch(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -61,7 +63,8 @@ def test_two_processes_equal_one_large_batch(tmp_path, one_big_batch):
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
     outputs = [process.communicate(timeout=120)[0].decode() for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
-    assert_same_run(one_big_batch, torch.load(tmp_path / "result.pt", weights_only=False))
+    one, two = two_steps(tmp_path, per_device_train_batch_size=8, **CONTRASTIVE), torch.load(tmp_path / "result.pt")
+    assert_same_run(one, two, names=(*COMPARED, "distill/loss_contrastive"))
 
 
 def run_of(folder, checkpoint=None, seed=0, **changes):

@@ -8,7 +8,6 @@ from transformers import PreTrainedModel
 
 from distill_trainer.errors import UnsupportedModelError
 from distill_trainer.evaluation.measure import evaluating, side_inputs
-from distill_trainer.losses.attention import attention_rows, pool_spans
 from distill_trainer.taps import check_attention, decoder_layers, run_trunk
 
 # Rows of the vocabulary at a time: 256 float32 rows of 152k tokens are 156 MB.
@@ -159,5 +158,4 @@ def _last_layer_spans(model: PreTrainedModel, batch: dict[str, Tensor], side: st
     input_ids, attention_mask, positions = side_inputs(batch, side, model.device)
     last = len(decoder_layers(model)) - 1
     taps = run_trunk(model, input_ids, attention_mask, attention_layers=(last,)).attentions[last]
-    rows = attention_rows(taps.query, taps.key, positions, attention_mask.bool(), taps.scaling)
-    return pool_spans(rows.mean(dim=1, keepdim=True), positions, batch["anchor_mask"].to(model.device))[:, 0].cpu()
+    return taps.over_spans(positions, attention_mask, batch["anchor_mask"].to(model.device))[:, 0].cpu()

@@ -9,11 +9,13 @@ from distill_trainer.losses.reduction import select_pairs, token_mean
 MASS_FLOOR = 1e-12
 
 
-def attention_rows(query: Tensor, key: Tensor, positions: Tensor, key_mask: Tensor, scaling: float) -> Tensor:
+def attention_rows(
+    query: Tensor, key: Tensor, positions: Tensor, key_mask: Tensor, scaling: float, *, visible: Tensor | None = None
+) -> Tensor:
     """Rows of the causal attention matrix at the anchors: softmax(q k^T * scaling) over the keys up to each anchor.
 
-    Only these rows are formed, so the extra memory is `num_anchors` rows, not `sequence_length`. Plain causal
-    attention: sliding windows, soft caps and sinks are left out.
+    Only these rows are formed, so the extra memory is `num_anchors` rows, not `sequence_length`. Soft caps and sinks
+    are left out.
 
     Args:
         query: Behind the position embedding, `(batch_size, num_heads, sequence_length, head_dim)`.
@@ -22,6 +24,8 @@ def attention_rows(query: Tensor, key: Tensor, positions: Tensor, key_mask: Tens
         positions: Index of each anchor's token, long, `(batch_size, num_anchors)`.
         key_mask: True for real tokens, bool, `(batch_size, sequence_length)`.
         scaling: Factor of the scores, as the model uses it.
+        visible: True where a query sees a key, bool, `(batch_size, 1, sequence_length, sequence_length)`, for sliding
+            windows and the like. None: all keys up to it.
 
     Returns:
         Float32, `(batch_size, num_heads, num_anchors, sequence_length)`. Rows sum to 1. A row at a padding token is
@@ -34,6 +38,8 @@ def attention_rows(query: Tensor, key: Tensor, positions: Tensor, key_mask: Tens
     rows = rows.masked_fill(~real_rows[:, None, :, None], 0).float() * scaling
     key = key.masked_fill(~key_mask[:, None, :, None], 0).float()
     allowed = key_mask[:, None] & (torch.arange(key.shape[2], device=key.device) <= positions[..., None])
+    if visible is not None:
+        allowed = allowed & visible[:, 0].gather(1, positions[..., None].expand(-1, -1, key.shape[2]))
     with torch.autocast(query.device.type, enabled=False):
         grouped = rows.unflatten(1, (num_key_heads, num_heads // num_key_heads)).flatten(2, 3)
         scores = (grouped @ key.transpose(2, 3)).reshape(*rows.shape[:3], -1)

@@ -6,17 +6,38 @@ from torch import Tensor
 from distill_trainer.losses.reduction import select_pairs, token_mean
 
 RMS_EPS = 1e-6
+# Largest size of a channel, in means over the channels: nearly 5 standard deviations of a normal distribution.
+OUTLIER_LIMIT = 6.0
+
+
+def tame_outliers(states: Tensor) -> Tensor:
+    """The states with every channel cut to `OUTLIER_LIMIT` times the mean size of the row's channels.
+
+    A few channels of a residual stream can be a thousand times larger than the rest
+    (https://huggingface.co/papers/2402.17762). Uncut, they alone would say how far two states are apart. Cut, three
+    such channels among a thousand have less than a tenth of the weight.
+
+    Args:
+        states: `(..., hidden_size)`.
+
+    Returns:
+        Same shape; the input itself, in value, where nothing stands out.
+    """
+    # Twice, because what stands out has raised the first mean.
+    for _ in range(2):
+        bound = OUTLIER_LIMIT * states.abs().mean(dim=-1, keepdim=True)
+        states = states.clamp(-bound, bound)
+    return states
 
 
 def feature_distance(student_features: Tensor, teacher_features: Tensor) -> Tensor:
-    r"""(1 - cosine) + mean squared error of two RMS-normalised vectors, per row.
+    r"""(1 - cosine) + mean squared error of two RMS-normalised vectors without their outliers, per row.
 
     Vectors of RMS 1 have mean((a - b) ** 2) = 2 (1 - cosine), so the sum is 3/2 of the squared error. It is computed
     in that form, because it is exactly 0 for equal vectors, which 1 - cosine is not in float32.
 
-    The distance lies between 0 and 6, whatever the scale of either side. A channel that is massive in the residual
-    stream (https://huggingface.co/papers/2402.17762) cannot blow it up, but leaves the other channels little weight:
-    prefer states behind a norm of the model, which tames such channels.
+    The distance lies between 0 and 6, whatever the scale of either side, and massive channels do not settle it: see
+    `tame_outliers`.
 
     Args:
         student_features: Float32, `(num_rows, hidden_size)`.
@@ -25,7 +46,9 @@ def feature_distance(student_features: Tensor, teacher_features: Tensor) -> Tens
     Returns:
         `(num_rows,)`.
     """
-    student, teacher = (F.rms_norm(x, x.shape[-1:], eps=RMS_EPS) for x in (student_features, teacher_features))
+    student, teacher = (
+        F.rms_norm(tame_outliers(x), x.shape[-1:], eps=RMS_EPS) for x in (student_features, teacher_features)
+    )
     return 1.5 * (student - teacher).square().mean(dim=-1)
 
 

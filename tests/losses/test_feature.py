@@ -1,5 +1,6 @@
 """Defects that these tests catch: a loss that grows with the hidden size or the scale of the states, sum in place of
-mean, masked rows that poison the gradient, a teacher that receives gradient, an outlier channel that blows it up.
+mean, masked rows that poison the gradient, a teacher that receives gradient, an outlier channel that blows it up, or
+that alone decides it.
 """
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_trainer.losses.feature import feature_distance, feature_loss
+from distill_trainer.losses.feature import feature_distance, feature_loss, tame_outliers
 
 MASK = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
 
@@ -65,6 +66,41 @@ def test_a_massive_channel_of_the_teacher_blows_up_neither_loss_nor_gradient():
     loss = feature_loss(student, teacher, MASK)
     loss.backward()
     assert loss <= 6 and student.grad.norm() < 3 * plain.grad.norm()
+
+
+def with_massive_channels(states, channels):
+    """States in which some channels are a thousand times as large, with the same sign in all rows."""
+    states = states.clone()
+    states[..., channels] = 1000 * states[..., channels].abs()
+    return states
+
+
+@pytest.mark.parametrize("channels", [[5], [5, 100, 900]])
+def test_massive_channels_do_not_decide_how_far_states_are_apart(channels):
+    student, teacher = random_features(10, 1024)
+    apart = feature_loss(student, teacher, MASK)
+    # Nothing but the massive channels agrees, and nothing else disagrees.
+    agreeing = feature_loss(with_massive_channels(student, channels), with_massive_channels(teacher, channels), MASK)
+    disagreeing = feature_loss(teacher, with_massive_channels(teacher, channels), MASK)
+    assert agreeing > 0.9 * apart and disagreeing < 0.1 * apart
+
+
+@pytest.mark.parametrize("channels", [[5], [5, 100, 900]])
+def test_massive_channels_draw_a_small_share_of_the_gradient(channels):
+    student, teacher = random_features(11, 1024)
+    student.requires_grad_()
+    feature_loss(student, with_massive_channels(teacher, channels), MASK).backward()
+    share = student.grad[..., channels].square().sum() / student.grad.square().sum()
+    assert share < 0.1
+
+
+def test_only_outliers_are_cut_and_equal_rows_with_outliers_have_no_distance():
+    states = random_features(12, 1024)[0]
+    assert tame_outliers(states).equal(states)
+    massive = with_massive_channels(states, [7])
+    tamed = tame_outliers(massive)
+    assert tamed[..., 8:].equal(massive[..., 8:]) and tamed[..., 7].max() < 5 * states.std()
+    assert feature_loss(massive, massive * 0.5, MASK) < 1e-10
 
 
 def test_states_of_zero_give_a_finite_gradient():

@@ -1,0 +1,35 @@
+"""The benchmark of a whole step runs, and leaves out what it says."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from distill_trainer.schedules import LOSS_NAMES
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent / "benchmarks")
+    return importlib.import_module("bench_step")
+
+
+def test_a_tiny_run_prints_every_part_beside_the_floor(bench, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench_step.py", "--tiny", "--device", "cpu", "--tokens", "30", "--repeats", "1"])
+    bench.main()
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("floor", "whole step", *(f"step without {part}" for part in (*LOSS_NAMES, "router"))):
+        (line,) = (line for line in lines if line.startswith(name + "  "))
+        assert float(line[24:33]) > 0
+    assert "1 x 30 tokens, 29 anchors" in lines[1]
+    assert lines[-1].startswith("whole step over its floor:") and lines[-1].endswith("budget 1.15")
+
+
+@pytest.mark.parametrize("part", ["feature", "layerwise", "contrastive"])
+def test_a_step_without_a_part_leaves_its_projections_alone(bench, part):
+    step = bench.Step(bench.TINY, 1, 30, "cpu")
+    projections = getattr(step.models[True], f"{part}_projections")
+    step((part,))
+    assert all(parameter.grad is None for parameter in projections.parameters())
+    step()
+    assert all(parameter.grad is not None for parameter in projections.parameters())
