@@ -90,8 +90,11 @@ class DistillationArguments(TrainingArguments):
         metadata={"help": "forward is KL(teacher || student), reverse KL(student || teacher), js Jensen-Shannon."},
     )
     gap_weighting: bool = field(
-        default=True,
-        metadata={"help": "Weigh the anchors of the KL by how far the student is from the teacher there."},
+        default=False,
+        metadata={
+            "help": "Weigh the anchors of the KL by how far the student is from the teacher there: it learns more of "
+            "what it lacks, and less in the mean."
+        },
     )
 
     # Router over the teacher's experts

@@ -24,7 +24,7 @@ class LogitSettings:
     kl_direction: str = "forward"
     kl_top_k: int = 64
     span_correction: bool = True
-    gap_weighting: bool = True
+    gap_weighting: bool = False
     logit_chunk_mb: float | None = None
     router_student_weight: float = 0.1
 
