@@ -24,9 +24,9 @@ class LossBalance(nn.Module):
 
     `ema` takes a loss's value for its size. `gradient-norm` takes the norm of the gradient that it sends into the
     embedded tokens, the place that all losses share: they enter the student at layers of any depth. This is GradNorm
-    (https://huggingface.co/papers/1711.02257, equation 2 and algorithm 1) with an asymmetry of 0, solved for the
-    weights, on shared activations (https://huggingface.co/papers/1810.04650, section 3.3) in the place of shared
-    parameters: those of different micro-batches are perpendicular, so accumulated norms are those of one large batch.
+    (https://huggingface.co/papers/1711.02257) with an asymmetry of 0, solved for the weights, on shared activations in
+    the place of shared parameters, as in MGDA-UB (https://huggingface.co/papers/1810.04650): those of different
+    micro-batches are perpendicular, so accumulated norms are those of one large batch.
 
     The state is in buffers, so a resumed run continues it.
 

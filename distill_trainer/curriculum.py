@@ -25,7 +25,7 @@ class CurriculumSampler(Sampler[int]):
     """Indices of all windows, in the first pass over them drawn from a growing share of the easiest.
 
     After a part p of the curriculum each window is drawn from the easiest `competence(p)` of all (competence-based
-    curriculum learning, https://huggingface.co/papers/1903.09848, algorithm 1), without those that were drawn before:
+    curriculum learning, https://huggingface.co/papers/1903.09848), without those that were drawn before:
     a pass stays a pass, and no text is read twice before all is read once. Later passes draw from all.
 
     The order of a pass depends on `seed` and the number of the pass alone, so every process has the same, and a

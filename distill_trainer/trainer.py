@@ -99,11 +99,11 @@ class DistillationTrainer(Trainer):
             compute_metrics=bits_per_byte_metrics,
             **kwargs,
         )
+        if args.loss_balancing == "gradient-norm" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ConfigurationError("loss_balancing must be none or ema with FSDP or DeepSpeed, got gradient-norm.")
         if args.data_curriculum == TEACHER_LOSS and self.teacher is not None and self.train_dataset is not None:
             sides = (self.train_dataset, self.teacher, self.data_collator, self.accelerator)
             self.train_dataset = with_teacher_losses(*sides, batch_size=args.per_device_eval_batch_size)
-        if args.loss_balancing == "gradient-norm" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ConfigurationError("loss_balancing must be none or ema with FSDP or DeepSpeed, got gradient-norm.")
         self.record = StepRecord(self.accelerator)
         self._add_schedules()
 
