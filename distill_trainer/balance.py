@@ -99,7 +99,9 @@ def value_sizes(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> d
     """
     values = {name: loss.detach() for name, loss in losses.items() if name in GROUPS}
     logit_losses = [weights[name] * losses[name].detach() for name in LOGIT_LOSSES if name in losses]
-    return values | ({LOGIT: sum(logit_losses) / _group_weights(weights)[LOGIT]} if logit_losses else {})
+    if logit_losses:
+        values[LOGIT] = torch.stack(logit_losses).sum() / _group_weights(weights)[LOGIT]
+    return values
 
 
 def gradient_sizes(

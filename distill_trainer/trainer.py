@@ -101,8 +101,8 @@ class DistillationTrainer(Trainer):
         )
         if args.loss_balancing == "gradient-norm" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ConfigurationError("loss_balancing must be none or ema with FSDP or DeepSpeed, got gradient-norm.")
-        if args.data_curriculum == TEACHER_LOSS and self.teacher is not None and self.train_dataset is not None:
-            sides = (self.train_dataset, self.teacher, self.data_collator, self.accelerator)
+        if args.data_curriculum == TEACHER_LOSS and self.teacher is not None and train_dataset is not None:
+            sides = (train_dataset, self.teacher, self.data_collator, self.accelerator)
             self.train_dataset = with_teacher_losses(*sides, batch_size=args.per_device_eval_batch_size)
         self.record = StepRecord(self.accelerator)
         self._add_schedules()
