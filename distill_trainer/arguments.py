@@ -10,11 +10,12 @@ from pathlib import Path
 from transformers import TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
+from distill_trainer.balance import METHODS
 from distill_trainer.errors import ConfigurationError
 from distill_trainer.input_arguments import DataArguments, ModelArguments
 from distill_trainer.parsing import SettingsParser
 from distill_trainer.router import ROUTER_PARTS
-from distill_trainer.schedules import LOSS_NAMES
+from distill_trainer.schedules import DATA_CURRICULA, LOSS_NAMES
 from distill_trainer.validation import check_choice, check_number, check_writable
 
 
@@ -53,6 +54,13 @@ class DistillationArguments(TrainingArguments):
         default=True,
         metadata={
             "help": "Scale kl_weight down as the student's gap to the teacher closes in the first pass over the data."
+        },
+    )
+    loss_balancing: str = field(
+        default="none",
+        metadata={
+            "help": "none; ema: divide each loss by its running mean, so that a weight is a share; gradient-norm: by "
+            "the running norm of its gradient. KL and LM count as one."
         },
     )
     phase_boundaries: list[float] = field(
@@ -164,6 +172,13 @@ class DistillationArguments(TrainingArguments):
 
     # Run
     max_length: int = field(default=512, metadata={"help": "Student tokens in a window, 2 or above."})
+    data_curriculum: str = field(
+        default="none",
+        metadata={
+            "help": "Windows that come first in the first pass over the data: none (any), length (short ones) or "
+            "teacher_loss (those that the teacher finds easy; it reads all once beforehand)."
+        },
+    )
     max_nonfinite_steps: int = field(
         default=3, metadata={"help": "Stop after this many steps in a row with a NaN or infinite loss, 1 or above."}
     )
@@ -236,6 +251,10 @@ class DistillationArguments(TrainingArguments):
         self._check_layers()
         self._check_router()
         self._check_logits()
+        check_choice("data_curriculum", self.data_curriculum, DATA_CURRICULA)
+        if self.data_curriculum != "none" and self.train_sampling_strategy != "random":
+            strategy = self.train_sampling_strategy
+            raise ConfigurationError(f"train_sampling_strategy must be random with data_curriculum, got {strategy}.")
         if self.remove_unused_columns:
             raise ConfigurationError(
                 "remove_unused_columns must be false, got true. The teacher's columns are needed."
@@ -261,7 +280,7 @@ class DistillationArguments(TrainingArguments):
         twin = copy.copy(self)
         for name in LOSS_NAMES:
             setattr(twin, f"{name}_weight", 0.0)
-        twin.lm_weight, twin.output_dir = 1.0, output_dir
+        twin.lm_weight, twin.loss_balancing, twin.output_dir = 1.0, "none", output_dir
         twin.push_to_hub, twin.report_to, twin.run_baseline = False, [], False
         return twin
 
@@ -273,6 +292,7 @@ class DistillationArguments(TrainingArguments):
             raise ConfigurationError(
                 f"kl_weight must be at most 1 while lm_weight is 1 - kl_weight, got {self.kl_weight}. Set lm_weight."
             )
+        check_choice("loss_balancing", self.loss_balancing, METHODS)
         if not any(self.loss_weights().values()):
             names = ", ".join(f"{name}_weight" for name in LOSS_NAMES)
             raise ConfigurationError(f"{names} must not all be 0, got 0 for each. Nothing would train.")
@@ -366,6 +386,11 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
         help="Short for --report_to wandb.",
     )
     model, text, training = parser.parse_settings(argv)
+    if training.data_curriculum != "none" and (text.streaming or text.use_dynamic_batching):
+        raise ConfigurationError(
+            f"data_curriculum must be none with {'streaming' if text.streaming else 'use_dynamic_batching'}, "
+            f"got {training.data_curriculum}. It needs all windows beforehand, and their order for itself."
+        )
     if text.use_dynamic_batching:
         if training.train_sampling_strategy not in ("random", "group_by_length"):
             raise ConfigurationError(

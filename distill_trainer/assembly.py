@@ -118,6 +118,7 @@ def build_model(student: PreTrainedModel, teacher: Teacher | None, args: Distill
         pairs=pairs,
         contrastive=args.contrastive_weight > 0,
         logits=LogitSettings(**{field.name: getattr(args, field.name) for field in fields(LogitSettings)}),
+        loss_balancing=args.loss_balancing,
     )
 
 

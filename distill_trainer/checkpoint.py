@@ -42,7 +42,7 @@ def save_modules(
         student, weights = copy.deepcopy(student).merge_and_unload(), None
     student.save_pretrained(folder, state_dict=weights)
     extras = {name: value.contiguous().cpu() for name, value in state.items() if not name.startswith(STUDENT_PREFIX)}
-    save_file(extras, folder / MODULES_FILE, metadata={"format": "pt", "router_parts": _router_parts(model)})
+    save_file(extras, folder / MODULES_FILE, metadata={"format": "pt"} | _settings(model))
     tokenizer.save_pretrained(folder)
 
 
@@ -78,12 +78,12 @@ def load_modules(folder: Path, model: DistillationModel) -> None:
     try:
         extras, expected = load_file(folder / MODULES_FILE), model.extra_state_dict()
         with safe_open(folder / MODULES_FILE, framework="pt") as file:
-            router_parts = (file.metadata() or {}).get("router_parts")
+            metadata = {"loss_balancing": "none"} | (file.metadata() or {})
         same_shapes = {n: v.shape for n, v in extras.items()} == {n: v.shape for n, v in expected.items()}
-        if not same_shapes or router_parts != _router_parts(model):
+        if not same_shapes or not _settings(model).items() <= metadata.items():
             raise CheckpointError(
-                f"{folder} was written by a run with another teacher, student, set of losses, router_layers or "
-                "router_parts. Resume it with the settings that it was started with."
+                f"{folder} was written by a run with another teacher, student, set of losses, router_layers, "
+                "router_parts or loss_balancing. Resume it with the settings that it was started with."
             )
         if adapted:
             model.student.load_adapter(str(folder), model.student.active_adapter, is_trainable=True)
@@ -102,6 +102,9 @@ def _student_part(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(STUDENT_PREFIX): v for n, v in state.items() if n.startswith(STUDENT_PREFIX)}
 
 
-def _router_parts(model: DistillationModel) -> str:
-    """What the router reads. Two of its parts have inputs of one size, so shapes do not tell them apart."""
-    return "" if model.routing is None else " ".join(model.routing.parts)
+def _settings(model: DistillationModel) -> dict[str, str]:
+    """What shapes do not tell apart: parts of the router with inputs of one size, and ways to measure the losses."""
+    return {
+        "router_parts": "" if model.routing is None else " ".join(model.routing.parts),
+        "loss_balancing": "none" if model.balance is None else model.balance.method,
+    }

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from distill_trainer.aligned import AnchorBatch, RoutedBatch
 from distill_trainer.anchors import IGNORE_INDEX
+from distill_trainer.balance import LossBalance, gradient_sizes, value_sizes
 from distill_trainer.layer_plan import LayerPairs
 from distill_trainer.logit_loss import LogitSettings, Survey
 from distill_trainer.logit_pass import LogitPass
@@ -39,6 +41,7 @@ class DistillationModel(nn.Module):
         pairs: Layers to compare.
         contrastive: Make the projection of the contrastive loss.
         logits: How the logit losses compare the models.
+        loss_balancing: How the losses are measured, see `LossBalance`; `none` does not measure them.
     """
 
     # Tells the Trainer to count the items of the whole accumulated batch.
@@ -53,6 +56,7 @@ class DistillationModel(nn.Module):
         pairs: LayerPairs,
         contrastive: bool,
         logits: LogitSettings | None = None,
+        loss_balancing: str = "none",
     ):
         super().__init__()
         self.student = student
@@ -61,6 +65,7 @@ class DistillationModel(nn.Module):
         width = self.causal_lm.config.hidden_size
         self.routing = routing
         self.gap = KnowledgeGap()
+        self.balance = None if loss_balancing == "none" else LossBalance(loss_balancing)
 
         def projections(count: int) -> nn.ModuleList:
             return nn.ModuleList(nn.Linear(width, teacher_hidden_size, bias=False) for _ in range(count))
@@ -101,6 +106,7 @@ class DistillationModel(nn.Module):
         teacher: Teacher | None = None,
         teacher_output: TeacherOutput | None = None,
         values: ScheduledValues | None = None,
+        gradient_scale: float | None = None,
         **batch,
     ) -> dict[str, Any]:
         """Losses of a batch.
@@ -114,6 +120,7 @@ class DistillationModel(nn.Module):
             teacher: The frozen teacher, for re-routing.
             teacher_output: What it computed. None skips all losses but `lm`.
             values: Temperatures, top-k and unlocked fraction.
+            gradient_scale: Measure the losses' gradients for their balance, see `gradient_sizes`. None does not.
             **batch: The rest of the collated batch, `num_items_in_batch` (tokens that the accumulated batch predicts)
                 and `num_anchors_in_batch` (its anchors).
 
@@ -121,11 +128,13 @@ class DistillationModel(nn.Module):
             `logit_loss`: the weighted sum of KL, LM and the router's share of the logits, whose gradients are formed
             together. `losses`: all by name and unweighted, `kl` and `lm` detached. `router`: the parts of the router's
             objective, empty without one, `ce` and `student_kl` detached. `metrics`: detached. Everything is a share of
-            a mean over the whole accumulated batch.
+            a mean over the whole accumulated batch. `sizes`: of the losses, by `value_sizes` or `gradient_sizes`;
+            none of `lm` alone.
         """
         losses = frozenset(name for name, weight in (weights or {}).items() if weight > 0)
         tapped = {} if teacher_output is None else self.tapped_layers(weights, side=0)
-        trunk = run_trunk(self.causal_lm, input_ids, attention_mask, **tapped)
+        by_gradient = gradient_scale is not None
+        trunk = run_trunk(self.causal_lm, input_ids, attention_mask, **tapped, embeddings=by_gradient)
         logits = self._logit_pass(teacher, input_ids)
         num_items, num_anchors = batch.get("num_items_in_batch"), batch.get("num_anchors_in_batch")
         if teacher_output is None:
@@ -141,7 +150,8 @@ class DistillationModel(nn.Module):
         at = AnchorBatch.of(batch, trunk, teacher_output, num_items=num_items, num_anchors=num_anchors)
         survey = logits.survey(at)
         routed = self.route(at, survey, teacher, values)
-        logit_loss, parts = logits.losses(at, routed, survey, weights=weights, temperature=values.temperature)
+        weigh_logits = partial(logits.losses, at, routed, survey, weights=weights, temperature=values.temperature)
+        logit_loss, parts = weigh_logits()
         state_losses = self._state_losses(at, routed, losses, values.unlocked_fraction)
         learnable = state_losses.pop("student_feature", None)
         if "attention" in losses:
@@ -153,11 +163,19 @@ class DistillationModel(nn.Module):
             # The student's side is detached in all of them.
             router = {name: parts[name] for name in ("ce", "student_kl")} | router_losses(at, routed, survey)
             router |= {} if learnable is None else {"student_feature": learnable}
+        named = {name: parts[name] for name in LOGIT_LOSSES if name in losses} | state_losses
+        sizes: dict[str, Tensor] = {}
+        if by_gradient:
+            # In a pass of its own, because the gradient of one can be read only once.
+            sizes = gradient_sizes(state_losses, weigh_logits()[0], weights, trunk.embeddings, scale=gradient_scale)
+        elif self.balance is not None and self.balance.method == "ema":
+            sizes = value_sizes(named, weights)
         return {
             "logit_loss": logit_loss,
-            "losses": {name: parts[name] for name in LOGIT_LOSSES if name in losses} | state_losses,
+            "losses": named,
             "router": router,
             "metrics": self._metrics(at, routed, survey, parts["teacher_loss"]),
+            "sizes": sizes,
         }
 
     def tapped_layers(self, weights: Mapping[str, float], side: int) -> dict[str, tuple[int, ...]]:

@@ -1,11 +1,15 @@
 """What changes during training, and the curves along which it changes. Everything is a function of step progress."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 LOSS_NAMES = ("kl", "feature", "attention", "layerwise", "contrastive", "lm")
 # Those over the vocabulary, whose gradients one pass forms together.
 LOGIT_LOSSES = ("kl", "lm")
+
+# Orders of the training windows; the last two name the column that says how difficult a window is.
+DATA_CURRICULA = ("none", "length", "teacher_loss")
 
 # Losses that each phase adds to those of the phases before it.
 PHASE_LOSSES = {1: ("kl", "lm"), 2: ("attention", "feature"), 3: ("layerwise", "contrastive")}
@@ -67,6 +71,19 @@ def effective_logit_weights(kl_weight: float, lm_weight: float | None, gap_ratio
     """
     kl_weight = linear(0.0, kl_weight, gap_ratio)
     return kl_weight, max(1.0 - kl_weight, 0.0) if lm_weight is None else lm_weight
+
+
+def competence(progress: float, start: float = 0.01) -> float:
+    """Share of the training windows, from the easiest, that may be drawn; 1 at the end.
+
+    The square-root model of https://huggingface.co/papers/1903.09848: windows join the slower the more there are
+    already, so that each has its time.
+
+    Args:
+        progress: Fraction of the curriculum that is done.
+        start: Share at progress 0.
+    """
+    return math.sqrt(linear(start**2, 1.0, progress))
 
 
 def unlocked_fraction(progress: float, start: float) -> float:

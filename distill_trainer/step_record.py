@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from distill_trainer.balance import LossBalance
 from distill_trainer.errors import NonFiniteLossError
 from distill_trainer.router import KnowledgeGap
 
@@ -23,6 +24,7 @@ class StepRecord:
         self.accelerator = accelerator
         self._finite: dict[str, Tensor] = {}
         self._difference: Tensor | None = None
+        self._sizes: dict[str, Tensor] = {}
         self._totals: dict[str, Tensor] = {}
         self._steps = 0
 
@@ -35,6 +37,8 @@ class StepRecord:
         routing = {f"router_{name}": value for name, value in outputs["router"].items()}
         for name, value in (outputs["losses"] | routing).items():
             self._finite[name] = self._finite.get(name, True) & value.detach().isfinite()
+        for name, value in outputs.get("sizes", {}).items():
+            self._sizes[name] = self._sizes.get(name, 0) + value
         named = {f"loss_{name}": value for name, value in outputs["losses"].items()}
         for name, value in (named | routing | metrics).items():
             self._totals[name] = self._totals.get(name, 0) + value.detach().float()
@@ -54,9 +58,21 @@ class StepRecord:
         total, count = self.accelerator.reduce(self._difference, "sum")
         return total / count if bool(count > 0) and bool(total.isfinite()) else None
 
+    def total_sizes(self, power: int) -> dict[str, Tensor]:
+        """Sizes of the losses, summed over this step's micro-batches and over ranks.
+
+        Args:
+            power: Of what they were measured in: a loss of a rank is its share times the number of ranks.
+        """
+        if not self._sizes:
+            return {}
+        names = sorted(self._sizes)
+        sizes = torch.stack([self._sizes[name] for name in names]).double() / self.accelerator.num_processes**power
+        return dict(zip(names, self.accelerator.reduce(sizes, "sum"), strict=True))
+
     def end_step(self) -> None:
         """Start the next optimizer step."""
-        self._finite, self._difference = {}, None
+        self._finite, self._difference, self._sizes = {}, None, {}
         self._steps += 1
 
     def means(self) -> dict[str, float]:
@@ -75,17 +91,20 @@ class StepCallback(TrainerCallback):
 
     Before: a step whose losses or gradient are not finite is left out, and `max_nonfinite_steps` of them in a row stop
     the run.
-    After: the step's knowledge gap goes into its running average, in the first pass over the data. Text that the
-    student has been trained on says what it remembers, not what it knows.
+    After: the sizes of the step's losses go into their running averages; and the step's knowledge gap into its own, in
+    the first pass over the data. Text that the student has been trained on says what it remembers, not what it knows.
 
     Args:
         record: What the micro-batches reported.
         gap: The running average.
+        balance: The running sizes, None without.
         max_nonfinite_steps: Steps in a row.
     """
 
-    def __init__(self, record: StepRecord, gap: KnowledgeGap, *, max_nonfinite_steps: int):
-        self.record, self.gap, self.max_nonfinite_steps = record, gap, max_nonfinite_steps
+    def __init__(
+        self, record: StepRecord, gap: KnowledgeGap, balance: LossBalance | None = None, *, max_nonfinite_steps: int
+    ):
+        self.record, self.gap, self.balance, self.max_nonfinite_steps = record, gap, balance, max_nonfinite_steps
         self.nonfinite_steps = 0
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -112,6 +131,8 @@ class StepCallback(TrainerCallback):
         difference = self.record.mean_gap_difference()
         if difference is not None and state.epoch <= 1:
             self.gap.update(difference)
+        if self.balance is not None:
+            self.balance.update(self.record.total_sizes(self.balance.power))
         self.record.end_step()
 
 

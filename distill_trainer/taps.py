@@ -62,11 +62,13 @@ class TrunkOutput:
         last_hidden_state: Input of the head, `(batch_size, sequence_length, hidden_size)`.
         layers: Residual stream after each tapped layer, same shape, by layer index.
         attentions: Queries and keys of each tapped attention, by layer index.
+        embeddings: What the first layer read, same shape, with a gradient; None unless it was asked for.
     """
 
     last_hidden_state: Tensor
     layers: dict[int, Tensor] = field(default_factory=dict)
     attentions: dict[int, AttentionInputs] = field(default_factory=dict)
+    embeddings: Tensor | None = None
 
 
 def _sdpa_with_tap(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
@@ -155,6 +157,7 @@ def run_trunk(
     *,
     layers: tuple[int, ...] = (),
     attention_layers: tuple[int, ...] = (),
+    embeddings: bool = False,
 ) -> TrunkOutput:
     """Run a model without its head and keep what the chosen layers computed.
 
@@ -164,8 +167,9 @@ def run_trunk(
         attention_mask: 1 at real tokens, same shape.
         layers: Layers whose residual stream is kept.
         attention_layers: Layers whose queries and keys are kept.
+        embeddings: Keep the embedded tokens, for gradients that reach them.
     """
-    with _tapped(model, layers, attention_layers) as output:
+    with _tapped(model, layers, attention_layers, embeddings) as output:
         positions = {}
         if not bool(attention_mask[:, 0].all()):
             # Left padding: count positions from the first real token, as at inference.
@@ -178,7 +182,7 @@ def run_trunk(
 
 @contextmanager
 def _tapped(
-    model: PreTrainedModel, layers: tuple[int, ...], attention_layers: tuple[int, ...]
+    model: PreTrainedModel, layers: tuple[int, ...], attention_layers: tuple[int, ...], embeddings: bool
 ) -> Iterator[TrunkOutput]:
     output = TrunkOutput(last_hidden_state=torch.empty(0))
     modules: Sequence[nn.Module] = list(decoder_layers(model)) if layers or attention_layers else []
@@ -189,7 +193,13 @@ def _tapped(
 
         return hook
 
+    def keep_embeddings(module, inputs, result):
+        # Under adapters they are frozen, and would end the graph.
+        output.embeddings = result if result.requires_grad else result.requires_grad_()
+
     hooks = [modules[index].register_forward_hook(keep_residual(index)) for index in layers]
+    if embeddings:
+        hooks.append(model.get_input_embeddings().register_forward_hook(keep_embeddings))
     implementation = model.config._attn_implementation
     flagged = [attention_module(modules[index]) for index in attention_layers]
     for index, module in zip(attention_layers, flagged, strict=True):

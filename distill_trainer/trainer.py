@@ -14,6 +14,7 @@ from distill_trainer.arguments import DistillationArguments
 from distill_trainer.assembly import build_model, build_teacher
 from distill_trainer.callbacks import training_schedules
 from distill_trainer.checkpoint import load_modules, save_modules
+from distill_trainer.curriculum import TEACHER_LOSS, CurriculumSampler, check_curriculum, with_teacher_losses
 from distill_trainer.data import DistillationCollator, prepare_dataset
 from distill_trainer.errors import ConfigurationError
 from distill_trainer.hub import push_student
@@ -85,6 +86,7 @@ class DistillationTrainer(Trainer):
                 raise ConfigurationError("teacher_model must be given unless lm_weight is the only weight above 0.")
             tokenizers = teacher_processing_class, processing_class
             self.teacher = build_teacher(teacher_model, student, *tokenizers, args)
+        check_curriculum(args.data_curriculum, train_dataset, self.teacher)
         train_dataset = self._prepared(train_dataset, "train", args)
         eval_dataset = self._prepared(eval_dataset, "eval", args)
         super().__init__(
@@ -97,6 +99,11 @@ class DistillationTrainer(Trainer):
             compute_metrics=bits_per_byte_metrics,
             **kwargs,
         )
+        if args.loss_balancing == "gradient-norm" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ConfigurationError("loss_balancing must be none or ema with FSDP or DeepSpeed, got gradient-norm.")
+        if args.data_curriculum == TEACHER_LOSS and self.teacher is not None and train_dataset is not None:
+            sides = (train_dataset, self.teacher, self.data_collator, self.accelerator)
+            self.train_dataset = with_teacher_losses(*sides, batch_size=args.per_device_eval_batch_size)
         self.record = StepRecord(self.accelerator)
         self._add_schedules()
 
@@ -138,7 +145,8 @@ class DistillationTrainer(Trainer):
             router_interval=args.router_interval,
             router_until=args.router_until,
         )
-        steps = StepCallback(self.record, self.distillation_model.gap, max_nonfinite_steps=args.max_nonfinite_steps)
+        model = self.distillation_model
+        steps = StepCallback(self.record, model.gap, model.balance, max_nonfinite_steps=args.max_nonfinite_steps)
         for callback in (*schedules, steps):
             self.add_callback(callback)
 
@@ -178,6 +186,7 @@ class DistillationTrainer(Trainer):
             teacher=self.teacher,
             teacher_output=teacher_output,
             values=self.values,
+            gradient_scale=self._gradient_scale(weights),
             num_items_in_batch=self._per_process(num_items_in_batch),
         )
         # KL and LM come weighted: one pass over the vocabulary forms their gradients together.
@@ -210,11 +219,28 @@ class DistillationTrainer(Trainer):
         return norm
 
     def effective_weights(self) -> dict[str, float]:
-        """Weight of each loss now: of the current phase, with KL and LM balanced by the knowledge gap."""
+        """Weight of each loss now: of the current phase, KL and LM by the knowledge gap, and `loss_balancing`."""
         weights = dict(self.values.loss_weights or self.args.loss_weights())
         gap_ratio = self.distillation_model.gap.ratio() if self.args.gap_schedule else 1.0
         weights["kl"], weights["lm"] = effective_logit_weights(weights["kl"], self.args.lm_weight, gap_ratio)
-        return weights
+        balance = self.distillation_model.balance
+        return weights if balance is None else balance.balanced(weights)
+
+    def _get_train_sampler(self, train_dataset=None):
+        args = self.args
+        if args.data_curriculum == "none":
+            return super()._get_train_sampler(train_dataset)
+        difficulties = torch.tensor(self.train_dataset[args.data_curriculum][:])
+        windows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return CurriculumSampler(difficulties, lambda: self.state, windows_per_step=windows_per_step, seed=seed)
+
+    def _gradient_scale(self, weights: dict[str, float]) -> float | None:
+        """Factor at which to measure the losses' gradients in this step, that of fp16; None where they are not."""
+        balance, scaler = self.distillation_model.balance, self.accelerator.scaler
+        if balance is None or not self.is_in_train or not balance.is_due(self.state.global_step, weights):
+            return None
+        return 1.0 if scaler is None else scaler.get_scale()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step; each is told how many anchors all of them have together."""

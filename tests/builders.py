@@ -261,9 +261,9 @@ def weights_of(losses):
 
 
 def run(model, teacher, batch, losses=ALL, **changes):
-    """What the model makes of a batch, with weight 1 for some losses."""
+    """What the model makes of a batch, with weight 1 for some losses or with `weights`."""
     values = changes.pop("values", None) or scheduled()
-    weights = weights_of(losses)
+    weights = changes.pop("weights", None) or weights_of(losses)
     anchors = Anchors.of(batch)
     output = teacher(batch, anchors, **model.tapped_layers(weights, side=1))
     return model(**batch, weights=weights, teacher=teacher, teacher_output=output, values=values, **changes)

@@ -1,5 +1,6 @@
-"""One process of a run over gloo: `python one_rank.py OUTPUT_FILE`, with RANK and WORLD_SIZE set."""
+"""One process of a run over gloo: `python one_rank.py OUTPUT_FILE SETTINGS_JSON`, with RANK and WORLD_SIZE set."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def two_steps(folder, **changes):
 
 if __name__ == "__main__":
     output = Path(sys.argv[1])
-    result = two_steps(output.parent, per_device_train_batch_size=4, **CONTRASTIVE)
+    result = two_steps(output.parent, per_device_train_batch_size=4, **json.loads(sys.argv[2]))
     if int(torch.distributed.get_rank()) == 0:
         torch.save(result, output)
     torch.distributed.destroy_process_group()

@@ -88,6 +88,8 @@ ACCEPTED = [
     ("expert_sampling", "4", "expert_sampling", 4),
     ("router_interval", "4", "router_interval", 4),
     ("router_until", "0.25", "router_until", 0.25),
+    ("loss_balancing", "gradient-norm", "loss_balancing", "gradient-norm"),
+    ("data_curriculum", "teacher_loss", "data_curriculum", "teacher_loss"),
 ]
 
 
@@ -215,6 +217,11 @@ def test_the_project_name_reaches_weights_and_biases():
         ("--validation_fraction 1", "validation_fraction", "1.0"),
         ("--streaming --use_dynamic_batching", "use_dynamic_batching", "true"),
         ("--use_dynamic_batching --train_sampling_strategy sequential", "train_sampling_strategy", "sequential"),
+        ("--loss_balancing mean", "loss_balancing", "mean"),
+        ("--data_curriculum hard", "data_curriculum", "hard"),
+        ("--data_curriculum length --streaming", "data_curriculum", "length"),
+        ("--data_curriculum length --use_dynamic_batching", "use_dynamic_batching", "length"),
+        ("--data_curriculum length --train_sampling_strategy sequential", "train_sampling_strategy", "sequential"),
         ("--use_dynamic_batching maybe", "use_dynamic_batching", "maybe"),
         ("--learning_rate fast", "learning_rate", "fast"),
         ("--batch-size 2.5", "per_device_train_batch_size", "2.5"),

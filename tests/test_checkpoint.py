@@ -126,6 +126,7 @@ def test_damaged_adapters_are_an_error_in_one_line(tmp_path):
         {"use_router": False},
         {"router_parts": ["importance", "gap"]},
         {"router_layers": "all"},
+        {"loss_balancing": "ema"},
         {"teacher": "dense"},
         {"teacher": "wider"},
     ],
@@ -147,6 +148,13 @@ def test_parts_of_the_router_of_one_size_are_told_apart(tmp_path):
     trained(tmp_path, router_parts=["capacity"])
     other = tiny_trainer(tmp_path / "other", router_parts=["gap"])
     with pytest.raises(CheckpointError, match="router_parts"):
+        load_modules(tmp_path / "checkpoint-2", other.distillation_model)
+
+
+def test_sizes_of_one_kind_are_not_taken_for_those_of_the_other(tmp_path):
+    trained(tmp_path, loss_balancing="ema")
+    other = tiny_trainer(tmp_path / "other", loss_balancing="gradient-norm")
+    with pytest.raises(CheckpointError, match="loss_balancing"):
         load_modules(tmp_path / "checkpoint-2", other.distillation_model)
 
 

@@ -11,11 +11,11 @@ LAYERS = [
     {"errors", "schedules", "losses"},
     {
         *("arguments", "input_arguments", "parsing", "validation", "tokens", "alignment"),
-        *("router", "moe", "mixing", "taps", "replay", "layer_plan"),
+        *("router", "balance", "moe", "mixing", "taps", "replay", "layer_plan"),
     },
     {
         *("anchors", "teacher", "aligned", "logit_loss", "logit_pass", "routing", "negatives", "modeling"),
-        *("data", "documents", "loading", "scoring"),
+        *("data", "curriculum", "documents", "loading", "scoring"),
     },
     {"assembly", "callbacks", "checkpoint", "hub", "step_record", "trainer", "teacher_cache"},
     {"ablation", "ablation_file", "evaluation", "report", "export", "demo"},

@@ -3,6 +3,7 @@ import pytest
 from distill_trainer.schedules import (
     LOSS_NAMES,
     PHASE_LOSSES,
+    competence,
     effective_logit_weights,
     linear,
     phase,
@@ -86,6 +87,12 @@ def test_a_kl_weight_above_one_never_makes_the_lm_weight_negative():
 )
 def test_layers_unlock_from_the_third_phase_to_halfway_to_the_end(progress, expected):
     assert unlocked_fraction(progress, 0.6) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("progress, share", [(0.0, 0.01), (0.25, 0.50007), (1.0, 1.0), (3.0, 1.0)])
+def test_competence_is_a_square_root_from_its_start_to_one(progress, share):
+    assert competence(progress) == pytest.approx(share, rel=1e-4)
+    assert competence(0.0, start=0.5) == 0.5
 
 
 def test_layers_stay_locked_when_the_third_phase_never_comes():

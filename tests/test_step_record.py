@@ -84,6 +84,14 @@ def test_a_step_without_a_sound_gap_has_none(record, difference, count):
     assert record.mean_gap_difference() is None
 
 
+def test_sizes_are_summed_over_the_micro_batches_of_a_step(record):
+    for size in (3.0, 4.0):
+        record.add(micro_batch() | {"sizes": {"feature": torch.tensor(size)}})
+    assert {name: float(size) for name, size in record.total_sizes(2).items()} == {"feature": 7.0}
+    record.end_step()
+    assert record.total_sizes(2) == {}
+
+
 class Optimizer:
     cleared = 0
 

@@ -1,5 +1,6 @@
 """Runs of `DistillationTrainer` that must be the same run, and runs that break."""
 
+import json
 import math
 import os
 import socket
@@ -42,7 +43,29 @@ def test_accumulated_micro_batches_equal_one_large_batch(tmp_path, one_big_batch
     assert_same_run(one_big_batch, split)
 
 
+# One step reads all windows: the order says only which rank and which micro-batch gets which.
+BALANCED = [
+    {"loss_balancing": "ema", "data_curriculum": "length", "train_sampling_strategy": "random"},
+    {"loss_balancing": "gradient-norm", "data_curriculum": "teacher_loss", "train_sampling_strategy": "random"},
+]
+
+
+@pytest.mark.parametrize("changes", BALANCED, ids=lambda changes: changes["loss_balancing"])
+def test_balanced_losses_do_not_depend_on_how_a_batch_is_divided(tmp_path, changes):
+    whole = two_steps(tmp_path / "whole", per_device_train_batch_size=8, **changes)
+    split = two_steps(tmp_path / "split", per_device_train_batch_size=2, gradient_accumulation_steps=4, **changes)
+    assert (whole["weights"]["balance.sizes"][:4] > 0).all()
+    assert_same_run(whole, split)
+    assert_same_run(whole, in_two_processes(tmp_path, changes))
+
+
 def test_two_processes_equal_one_large_batch(tmp_path):
+    one = two_steps(tmp_path / "one", per_device_train_batch_size=8, **CONTRASTIVE)
+    assert_same_run(one, in_two_processes(tmp_path, CONTRASTIVE), names=(*COMPARED, "distill/loss_contrastive"))
+
+
+def in_two_processes(tmp_path, changes):
+    """`two_steps` with 4 of the 8 windows in each of two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -59,12 +82,11 @@ def test_two_processes_equal_one_large_batch(tmp_path):
             "ACCELERATE_USE_CPU": "true",
             "CUDA_VISIBLE_DEVICES": "",
         }
-        command = [sys.executable, str(tests / "one_rank.py"), str(tmp_path / "result.pt")]
+        command = [sys.executable, str(tests / "one_rank.py"), str(tmp_path / "result.pt"), json.dumps(changes)]
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
     outputs = [process.communicate(timeout=120)[0].decode() for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
-    one, two = two_steps(tmp_path, per_device_train_batch_size=8, **CONTRASTIVE), torch.load(tmp_path / "result.pt")
-    assert_same_run(one, two, names=(*COMPARED, "distill/loss_contrastive"))
+    return torch.load(tmp_path / "result.pt", weights_only=False)
 
 
 def run_of(folder, checkpoint=None, seed=0, **changes):
@@ -78,9 +100,17 @@ def without_timings(entries):
     return [{n: v for n, v in entry.items() if not n.startswith(("train_", "total_"))} for entry in entries]
 
 
-@pytest.mark.parametrize("use_peft", [False, True])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, use_peft):
-    changes = {"use_peft": use_peft, "lora_r": 4, "lora_dropout": 0.1, "max_steps": 6, "num_train_epochs": 1}
+@pytest.mark.parametrize(
+    ("use_peft", "own"),
+    [
+        (False, {}),
+        (True, {}),
+        (False, {"loss_balancing": "ema", "data_curriculum": "length"}),
+        (True, {"loss_balancing": "gradient-norm", "data_curriculum": "teacher_loss", "phase_boundaries": [0.2, 0.6]}),
+    ],
+)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, use_peft, own):
+    changes = {"use_peft": use_peft, "lora_r": 4, "lora_dropout": 0.1, "max_steps": 6, "num_train_epochs": 1} | own
     whole = run_of(tmp_path / "whole", **changes)
     # Other initial weights show that all of them come from the checkpoint; a frozen base does not, with adapters.
     seed = 0 if use_peft else 7
