@@ -16,7 +16,7 @@ from distill_trainer.report.drawing import THEMES, Plot, series
 from distill_trainer.report.markdown import markdown_page
 from distill_trainer.report.page import html_page
 from distill_trainer.report.plots import draw_plots
-from distill_trainer.report.tables import sections, token_rows
+from distill_trainer.report.tables import TOKEN_HEADER, benchmark_note, benchmark_table, sections, token_rows
 from distill_trainer.report.wording import (
     case_sentence,
     model_rows,
@@ -89,6 +89,33 @@ def test_pages_list_the_single_figures_and_the_command(report):
         assert all(figure in text for figure in expected)
         assert "run_distillation.py configs/demo.yaml --seed 0" in text
         assert "dropped: short windows" in text and "torch 2.13.0" in text and "wandb" not in text
+
+
+def test_pages_show_the_benchmarks_of_all_students(report):
+    assert benchmark_table(report) == [
+        ("task", "metric", "shots", "examples", "student before", "student, no teacher", "student, distilled"),
+        (
+            *("arc_easy", "acc (higher is better)", "0", "2,376"),
+            *("0.2634 ± 0.0090", "0.2881 ± 0.0093", "0.3127 ± 0.0095"),
+        ),
+        (
+            *("lambada", "perplexity, strict (lower is better)", "5", "5,153"),
+            *("912.4000", "700.2500", "612.5000"),
+        ),
+    ]
+    for text in (Page(html_page(report, [])).text, markdown_page(report, [])):
+        assert all(cell in text for row in benchmark_table(report) for cell in row)
+        assert "lm_eval 0.4.13" in text and "Only the first" not in text
+    report["benchmarks"]["limit"] = 1000
+    assert "Only the first 1,000 examples of each task" in benchmark_note(report)
+
+
+def test_without_benchmarks_the_pages_do_not_speak_of_them(report):
+    for nothing in (None, {"harness": "0.4.13", "limit": None, "rows": []}):
+        report["benchmarks"] = nothing
+        assert benchmark_table(report) == []
+        for text in (html_page(report, []), markdown_page(report, [])):
+            assert "Benchmarks" not in text
 
 
 def test_what_models_are_called_cannot_break_the_pages(report, tmp_path):
