@@ -240,6 +240,19 @@ def test_the_best_model_and_the_student_are_marked(report):
     ]
 
 
+def test_the_token_table_shows_speeds_of_reading_and_writing_and_what_a_model_takes(report):
+    assert dict(zip(TOKEN_HEADER, token_rows(report)[2], strict=True)) == {
+        "model": "student, distilled",
+        "name": "tiny-llama",
+        "token perplexity": perplexity(2 ** (2.2758 * 3.3)),
+        "tokens read per second": "4.19 k",
+        "tokens written per second": "140",
+        "text written per second": "465 B/s",
+        "on disk": "4.3 MB",
+        "peak memory": "812 MB",
+    }
+
+
 def test_the_terminal_table_is_aligned_ascii(report):
     table = headline_table(report).splitlines()
     rows = table[: 3 + len(model_rows(report))]
