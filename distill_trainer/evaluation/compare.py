@@ -276,8 +276,8 @@ def _compression(
     ratios = compression(figures["student"], figures["teacher"])
     quantized = any(getattr(model, "is_quantized", False) for model in (student, teacher))
     if student.device.type != teacher.device.type or quantized:
-        # Other hardware or another arithmetic: the ratio would say nothing about the models.
-        ratios["speedup"] = None
+        # Other hardware or another arithmetic: the ratios would say nothing about the models.
+        ratios |= {"speedup": None, "generation_speedup": None}
     return ratios
 
 
