@@ -20,6 +20,7 @@ from distill_trainer.assembly import load_texts
 from distill_trainer.callbacks import check_reporters
 from distill_trainer.checkpoint import check_checkpoint
 from distill_trainer.errors import DistillationError
+from distill_trainer.evaluation.benchmarks import Benchmarks, load_benchmarks
 from distill_trainer.hub import write_model_card
 from distill_trainer.loading import load_causal_lm, load_tokenizer
 from distill_trainer.report import headline_table, write_report
@@ -31,6 +32,7 @@ def run(names: ModelArguments, texts: DataArguments, args: DistillationArguments
     check_reporters(args.report_to)
     if args.resume_from_checkpoint:
         check_checkpoint(Path(args.resume_from_checkpoint))
+    benchmarks = load_benchmarks(args.lm_eval_tasks, args.lm_eval_include_path, args.lm_eval_limit)
     set_seed(args.seed)
     trust: dict[str, Any] = {"trust_remote_code": names.trust_remote_code}
     tokenizers = {
@@ -48,7 +50,8 @@ def run(names: ModelArguments, texts: DataArguments, args: DistillationArguments
     trainer.save_model(_internal_call=True)
     baseline = run_baseline(trainer, student_before) if args.run_baseline else None
     if not args.skip_eval and trainer.is_world_process_zero():
-        report = evaluate(trainer, names, texts, student_before, baseline, list(splits["test"]["text"]), started)
+        test = list(splits["test"]["text"])
+        report = evaluate(trainer, names, texts, student_before, baseline, test, benchmarks, started)
         page = write_report(
             report,
             trainer.state.log_history,
@@ -93,6 +96,7 @@ def evaluate(
     student_before: torch.nn.Module,
     baseline: DistillationTrainer | None,
     test: list[str],
+    benchmarks: Benchmarks | None,
     started: float,
 ) -> dict:
     """The report's figures on documents that neither training nor model selection has seen."""
@@ -105,10 +109,12 @@ def evaluate(
         teacher_tokenizer=trainer.teacher_tokenizer,
         texts=test,
         max_length=args.max_length,
+        stride=args.eval_stride,
         batch_size=args.per_device_eval_batch_size,
         student_before=student_before,
         baseline=baseline.args.output_dir if baseline else None,
         route=trainer.route if trainer.teacher and trainer.teacher.num_experts else None,
+        benchmarks=benchmarks,
         statistics={"datasets": texts.datasets}
         | {name: trained.get(name) for name in ("anchor_fraction", "dropped")}
         | {f"train_{name}": trained.get(name) for name in ("documents", "bytes")},

@@ -12,6 +12,7 @@ from transformers.hf_argparser import string_to_bool
 
 from distill_trainer.balance import METHODS
 from distill_trainer.errors import ConfigurationError
+from distill_trainer.evaluation_arguments import EvaluationArguments
 from distill_trainer.input_arguments import DataArguments, ModelArguments
 from distill_trainer.parsing import SettingsParser
 from distill_trainer.router import ROUTER_PARTS
@@ -20,7 +21,7 @@ from distill_trainer.validation import check_choice, check_number, check_writabl
 
 
 @dataclass
-class DistillationArguments(TrainingArguments):
+class DistillationArguments(EvaluationArguments, TrainingArguments):
     """Training arguments of `DistillationTrainer`. The help text of each field is its documentation."""
 
     # Weights of the losses
@@ -255,6 +256,7 @@ class DistillationArguments(TrainingArguments):
         if self.data_curriculum != "none" and self.train_sampling_strategy != "random":
             strategy = self.train_sampling_strategy
             raise ConfigurationError(f"train_sampling_strategy must be random with data_curriculum, got {strategy}.")
+        self.check_evaluation(max_length=self.max_length, skip_eval=self.skip_eval)
         if self.remove_unused_columns:
             raise ConfigurationError(
                 "remove_unused_columns must be false, got true. The teacher's columns are needed."

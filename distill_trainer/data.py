@@ -130,7 +130,7 @@ def _cut(
     max_length: int,
 ) -> Iterator[dict[str, Any]]:
     """The windows of one document."""
-    student_prefix, teacher_prefix = _prefix(student_tokenizer), _prefix(teacher_tokenizer)
+    student_prefix, teacher_prefix = special_prefix(student_tokenizer), special_prefix(teacher_tokenizer)
     ids, ends = encode(student_tokenizer, text)
     start = beginning = 0
     while start < len(ids):
@@ -163,7 +163,7 @@ def _bytes_between(text: str, beginning: int, student_ends: list[int], pairs: li
     return len(text[first:last].encode("utf-8", "surrogatepass"))
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Special tokens that the tokenizer puts before a text."""
     with_special = tokenizer("a")["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]

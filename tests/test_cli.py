@@ -25,12 +25,13 @@ from transformers import (
 
 import run_distillation
 from distill_trainer.documents import load_sotu
+from distill_trainer.evaluation import benchmarks
 
 ROOT = Path(__file__).parents[1]
 NUM_DOCUMENTS = 8
 REPORT_KEYS = {
     *("schema", "teacher", "student_before", "student", "student_aware_teacher", "baseline", "compression"),
-    *("retention", "attention", "router", "gap", "data", "environment"),
+    *("retention", "attention", "router", "gap", "benchmarks", "data", "environment"),
 }
 TINY_RUN = {
     "teacher_model_name_or_path": ASSETS / "teacher",
@@ -147,6 +148,20 @@ SETTINGS = {
     "no token apart": ({"kl_top_k": 0}, "kl_top_k must be 1 or above, got 0."),
     "no memory": ({"logit_chunk_mb": 0}, "logit_chunk_mb must be above 0, got 0.0."),
     "fp16 without a GPU": ({"fp16": "true"}, "fp16 must be false without a GPU, got true."),
+    "a stride that leaves text out": (
+        {"eval_stride": 33},
+        "eval_stride must be at most max_length, which is 32, got 33.",
+    ),
+    "no stride": ({"eval_stride": 0}, "eval_stride must be 1 or above, got 0."),
+    "no examples": ({"lm_eval_tasks": "arc", "lm_eval_limit": 0}, "lm_eval_limit must be 1 or above, got 0."),
+    "benchmarks without a report": (
+        {"lm_eval_tasks": ["arc", "boolq"], "skip_eval": "true"},
+        "lm_eval_tasks must be left out with skip_eval, got arc boolq.",
+    ),
+    "a folder for no tasks": (
+        {"lm_eval_include_path": "tasks"},
+        "lm_eval_include_path must be left out without lm_eval_tasks, got tasks.",
+    ),
     "a file as the output folder": ({"output_dir": "file/out"}, "output_dir must be a folder that can be written"),
 }
 
@@ -155,6 +170,12 @@ SETTINGS = {
 def test_a_setting_that_cannot_work_is_refused(capfd, tmp_path, texts, changes, message):
     (tmp_path / "file").write_text("")
     assert message in refused(capfd, flags(texts, **changes), silent=True)
+
+
+def test_benchmarks_without_the_harness_are_refused_before_anything_is_loaded(capfd, monkeypatch, texts):
+    monkeypatch.setattr(benchmarks, "MINIMUM_VERSION", "1000.0")
+    message = refused(capfd, flags(texts, lm_eval_tasks="arc_easy"), silent=True)
+    assert message.startswith("error: lm_eval_tasks needs lm_eval 1000.0 or newer, got ")
 
 
 MODELS = {

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "distill_trainer"
 LAYERS = [
     {"errors", "schedules", "losses"},
     {
-        *("arguments", "input_arguments", "parsing", "validation", "tokens", "alignment"),
+        *("arguments", "input_arguments", "evaluation_arguments", "parsing", "validation", "tokens", "alignment"),
         *("router", "balance", "moe", "mixing", "taps", "replay", "layer_plan"),
     },
     {

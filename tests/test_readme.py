@@ -19,6 +19,7 @@ from distill_trainer.alignment import anchor_pairs
 from distill_trainer.arguments import DataArguments, DistillationArguments, ModelArguments, parse_arguments
 from distill_trainer.demo import ASSETS
 from distill_trainer.documents import load_sotu
+from distill_trainer.evaluation_arguments import EvaluationArguments
 from distill_trainer.parsing import SettingsParser
 from distill_trainer.schedules import LOSS_NAMES
 
@@ -67,7 +68,7 @@ def table_of(header: str) -> list[list[str]]:
 def configuration_table() -> str:
     """The table of our own settings, made from the help texts."""
     lines = ["| setting | default | meaning |", "|---|---|---|"]
-    for kind in (ModelArguments, DataArguments, DistillationArguments):
+    for kind in (ModelArguments, DataArguments, DistillationArguments, EvaluationArguments):
         fields = {field.name: field for field in dataclasses.fields(kind)}
         for name in kind.__annotations__:
             field, factory = fields[name], fields[name].default_factory

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from distill_trainer.anchors import Anchors
 from distill_trainer.errors import UnsupportedModelError
 from distill_trainer.evaluation.measure import evaluating, side_inputs
 from distill_trainer.taps import check_attention, decoder_layers, run_trunk
@@ -40,7 +41,7 @@ def retention_values(
     batch: dict[str, Tensor],
     teacher_log_probs: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Knowledge retention at each anchor of a batch.
+    """Knowledge retention at each anchor of a batch that a token follows.
 
     Args:
         student_logits: `(batch_size, student_sequence_length, student_vocab_size)`.
@@ -53,7 +54,8 @@ def retention_values(
     """
     from distill_trainer.evaluation.metrics.knowledge_retention.knowledge_retention import retention_per_position
 
-    mask = batch["anchor_mask"]
+    # Where no token follows, the window ends; there is a later one that holds this anchor, or the document ends too.
+    mask = Anchors.of(batch).mask
     student_index = anchor_index(batch, "student", mask, student_logits.device)
     teacher_index = anchor_index(batch, "teacher", mask, teacher_logits.device)
     student_chunks = student_logits[student_index].split(ANCHORS_PER_CHUNK)
@@ -105,16 +107,6 @@ def gap_deciles(
     ]
 
 
-def gap_closed(before: float | None, after: float | None, teacher: float | None) -> float | None:
-    """Share of the distance from `before` to `teacher`, in bits per byte, that `after` has covered.
-
-    None where a figure is missing or the teacher is not better than `before`, so there is no gap to close.
-    """
-    if before is None or after is None or teacher is None or before <= teacher:
-        return None
-    return (before - after) / (before - teacher)
-
-
 def attention_similarity(
     student: PreTrainedModel, teacher: PreTrainedModel, batches: Iterable[dict[str, Tensor]]
 ) -> float | None:
@@ -143,6 +135,7 @@ def attention_similarity(
         for batch in batches:
             student_spans = _last_layer_spans(student, batch, "student")
             teacher_spans = _last_layer_spans(teacher, batch, "teacher")
+            # The spans are those of the whole window, the rows those of the anchors that count.
             counted = batch["anchor_mask"].cpu().clone()
             counted[:, 0] = False
             values.append(similarity_per_row(student_spans[counted], teacher_spans[counted]))
@@ -158,4 +151,5 @@ def _last_layer_spans(model: PreTrainedModel, batch: dict[str, Tensor], side: st
     input_ids, attention_mask, positions = side_inputs(batch, side, model.device)
     last = len(decoder_layers(model)) - 1
     taps = run_trunk(model, input_ids, attention_mask, attention_layers=(last,)).attentions[last]
-    return taps.over_spans(positions, attention_mask, batch["anchor_mask"].to(model.device))[:, 0].cpu()
+    anchor_mask = batch.get("window_anchor_mask", batch["anchor_mask"]).to(model.device)
+    return taps.over_spans(positions, attention_mask, anchor_mask)[:, 0].cpu()

@@ -7,39 +7,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill_trainer.aligned import RoutedBatch
 from distill_trainer.alignment import VocabularyProjection
-from distill_trainer.data import DistillationCollator, prepare_dataset
-from distill_trainer.errors import DataError
 from distill_trainer.evaluation.agreement import (
     attention_similarity,
-    gap_closed,
     gap_deciles,
     replace_at_anchors,
     retention_values,
 )
+from distill_trainer.evaluation.benchmarks import Benchmarks
 from distill_trainer.evaluation.environment import describe_environment
 from distill_trainer.evaluation.measure import (
     evaluating,
     floating_dtype,
     forward_logits,
-    measure_speed,
+    model_folder,
     model_size,
     score_logits,
 )
 from distill_trainer.evaluation.routing import RoutingRecord, true_token_answers
+from distill_trainer.evaluation.speed import measure_speed, prompt_ids
+from distill_trainer.evaluation.windows import checked_stride, evaluation_batches
 from distill_trainer.loading import load_causal_lm
 
 NAME = (str, Path)
 # Attention differs little from window to window: so many batches, spread evenly, tell enough.
 ATTENTION_BATCHES = 8
 MODEL_KEYS = (
-    *("name", "parameters", "active_parameters", "size_mb", "bits_per_byte", "word_perplexity", "token_perplexity"),
-    *("tokens_per_second", "bytes_per_second", "peak_memory_mb"),
+    *("name", "parameters", "active_parameters", "size_mb", "disk_mb"),
+    *("bits_per_byte", "word_perplexity", "token_perplexity"),
+    *("tokens_per_second", "bytes_per_second", "generated_tokens_per_second", "generated_bytes_per_second"),
+    "peak_memory_mb",
 )
 
 
@@ -51,10 +52,12 @@ def evaluate_models(
     teacher_tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     max_length: int = 512,
+    stride: int | None = None,
     batch_size: int = 4,
     student_before: PreTrainedModel | str | Path | None = None,
     baseline: PreTrainedModel | str | Path | None = None,
     route: Callable[[dict[str, Tensor]], RoutedBatch] | None = None,
+    benchmarks: Benchmarks | None = None,
     statistics: dict[str, Any] | None = None,
     names: dict[str, str] | None = None,
     seconds: float = 0.0,
@@ -62,8 +65,8 @@ def evaluate_models(
 ) -> dict[str, Any]:
     """Report on a student and its teacher: likelihood per byte, cost, agreement and routing.
 
-    A window's score covers the bytes between its first and its last anchor, for every model. All speeds are measured
-    in the widest dtype among the models.
+    Every byte of the texts is scored once, in overlapping windows, see `evaluation_batches`; the same bytes for every
+    model. All speeds are measured in the widest dtype among the models.
 
     Args:
         student: The distilled student, or its name or path. A model that is given by name is loaded to the device of
@@ -73,6 +76,8 @@ def evaluate_models(
         teacher_tokenizer: Tokenizer of the teacher.
         texts: Held-out documents.
         max_length: Longest window, in student tokens.
+        stride: Student tokens that a window scores, from 1 to `max_length`; the rest of it is context. None is half of
+            `max_length`. `max_length` leaves next to no context.
         batch_size: Windows per batch.
         student_before: The student as it was before training. None leaves its figures null. This and `baseline` are
             measured on the student's device, which holds all students at once for that; by name they are loaded in
@@ -80,6 +85,7 @@ def evaluate_models(
         baseline: The student fine-tuned on the same batches without a teacher. None leaves its figures null.
         route: Maps a batch to the student-aware teacher at its anchors, as `DistillationTrainer.route` does. None, or
             a result without a router's decision, leaves these figures null.
+        benchmarks: Tasks of EleutherAI's harness, on which every student is measured. None leaves them null.
         statistics: What is known about the training data, merged into the report's `data`.
         names: Names by role (`teacher`, `student`, ...); others are read from the models.
         seconds: Time the run took before this evaluation, which is added.
@@ -90,31 +96,44 @@ def evaluate_models(
         words separated by white space, scaled by the share of the texts' bytes that was scored.
 
     Raises:
+        ConfigurationError: If `stride` does not fit `max_length`.
         DataError: If no window of the texts can be scored.
     """
     start = time.perf_counter()
+    stride = checked_stride(stride, max_length)
     devices = [model.device for model in (student, teacher) if not isinstance(model, NAME)]
     device = devices[0] if devices else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folders = {"student": student, "teacher": teacher, "student_before": student_before, "baseline": baseline}
+    folders = {role: _weights_folder(role, model) for role, model in folders.items()}
     student, teacher = _loaded(student, device), _loaded(teacher, device)
-    batches, data = _collate(texts, student_tokenizer, teacher_tokenizer, max_length, batch_size)
+    batches, data = evaluation_batches(
+        texts, student_tokenizer, teacher_tokenizer, max_length=max_length, stride=stride, batch_size=batch_size
+    )
     others = {"student_before": student_before, "baseline": baseline}
     students = {
         role: _loaded(m, student.device, floating_dtype(student)) for role, m in others.items() if m is not None
     }
     students["student"] = student
+    prompts = {
+        side: prompt_ids(tokenizer, next(filter(None, texts)))
+        for side, tokenizer in (("student", student_tokenizer), ("teacher", teacher_tokenizer))
+    }
     joint = _joint_pass(students, teacher, student_tokenizer, teacher_tokenizer, batches, route)
     words_per_byte = sum(len(text.split()) for text in texts) / data["eval_bytes"]
     dtype = torch.promote_types(floating_dtype(student), floating_dtype(teacher))
+    largest = max(batches, key=lambda batch: int(batch["window_bytes"].sum()))
     figures: dict[str, dict | None] = {"student_before": dict.fromkeys(MODEL_KEYS), "baseline": None}
     for role, model in {"teacher": teacher, **students}.items():
-        side = "teacher" if role == "teacher" else "student"
+        side, scored = "teacher" if role == "teacher" else "student", joint["scores"][role]
+        rate = scored["bytes"] / scored["tokens"]
         with _on(model, teacher.device if role == "teacher" else student.device):
-            speed = measure_speed(model, max(batches, key=_scored_bytes), side, dtype=dtype)
+            speed = measure_speed(model, largest, prompts[side], side, bytes_per_token=rate, dtype=dtype)
         name = (names or {}).get(role) or getattr(model.config, "_name_or_path", "") or type(model).__name__
-        likelihoods = _likelihoods(joint["scores"][role], words_per_byte)
-        figures[role] = {"name": name, **model_size(model), **likelihoods, **speed}
+        likelihoods = _likelihoods(scored, words_per_byte)
+        figures[role] = {"name": name, **model_size(model, folders[role]), **likelihoods, **speed}
     environment = describe_environment(student, teacher, dtype, command)
     similarity = attention_similarity(student, teacher, batches[:: -(-len(batches) // ATTENTION_BATCHES)])
+    scores = _benchmark_scores(benchmarks, students, student_tokenizer, batch_size) if benchmarks else None
     environment["evaluation_seconds"] = time.perf_counter() - start
     environment["seconds"] = seconds + environment["evaluation_seconds"]
     return {
@@ -126,7 +145,9 @@ def evaluate_models(
         "attention": {"similarity": similarity},
         "router": joint["router"],
         "gap": {"deciles": _gap_deciles(joint["retention"])},
-        "data": data | {key: value for key, value in (statistics or {}).items() if value is not None},
+        "benchmarks": scores,
+        "data": {"train_documents": None, "train_bytes": None, **data}
+        | {key: value for key, value in (statistics or {}).items() if value is not None},
         "environment": environment,
     }
 
@@ -135,6 +156,16 @@ def _loaded(
     model: PreTrainedModel | str | Path, device: torch.device, dtype: torch.dtype | str = "auto"
 ) -> PreTrainedModel:
     return load_causal_lm(str(model), dtype=dtype).to(device) if isinstance(model, NAME) else model
+
+
+def _weights_folder(role: str, model: PreTrainedModel | str | Path | None) -> Path | None:
+    """Where a model's weights lie on disk as they are: that of a teacher, or of a model given by name.
+
+    A student that is at hand may have been trained since it was loaded.
+    """
+    if isinstance(model, NAME):
+        return model_folder(model)
+    return model_folder(model.name_or_path) if role == "teacher" and model.name_or_path else None
 
 
 @contextmanager
@@ -148,10 +179,6 @@ def _on(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     finally:
         if own != device:
             model.to(own)
-
-
-def _scored_bytes(batch: dict[str, Tensor]) -> int:
-    return int(batch["scored_bytes"].sum())
 
 
 def _joint_pass(
@@ -210,30 +237,17 @@ def _joint_pass(
     }
 
 
-def _collate(
-    texts: Sequence[str],
-    student_tokenizer: PreTrainedTokenizerBase,
-    teacher_tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
+def _benchmark_scores(
+    benchmarks: Benchmarks,
+    students: dict[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
-) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
-    """The texts as collated batches, and what the report's `data` says of them."""
-    if not any(texts):
-        raise DataError("texts must hold at least one document with text, got none. Raise validation_fraction.")
-    documents = Dataset.from_dict({"text": list(texts)})
-    windows, counted = prepare_dataset(documents, student_tokenizer, teacher_tokenizer, max_length=max_length)
-    rows = list(windows)
-    collator = DistillationCollator(student_tokenizer, teacher_tokenizer)
-    batches = [collator(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
-    return batches, {
-        "train_documents": None,
-        "train_bytes": None,
-        "eval_documents": counted["documents"],
-        "eval_bytes": counted["bytes"],
-        "scored_bytes": sum(map(_scored_bytes, batches)),
-        "dropped": counted["dropped"],
-        "anchor_fraction": counted["anchor_fraction"],
-    }
+) -> dict[str, Any]:
+    results = {}
+    for role in (role for role in ("student_before", "baseline", "student") if role in students):
+        with _on(students[role], students["student"].device):
+            results[role] = benchmarks.run(students[role], tokenizer, batch_size)
+    return benchmarks.table(results)
 
 
 def _bits_per_byte(scores: dict[str, Any]) -> float:
@@ -262,12 +276,14 @@ def _compression(
     ratios = compression(figures["student"], figures["teacher"])
     quantized = any(getattr(model, "is_quantized", False) for model in (student, teacher))
     if student.device.type != teacher.device.type or quantized:
-        # Other hardware or another arithmetic: the ratio would say nothing about the models.
-        ratios["speedup"] = None
+        # Other hardware or another arithmetic: the ratios would say nothing about the models.
+        ratios |= {"speedup": None, "generation_speedup": None}
     return ratios
 
 
 def _retention(values: Tensor, figures: dict[str, dict | None]) -> dict[str, float | None]:
+    from distill_trainer.evaluation.metrics.knowledge_retention.knowledge_retention import gap_closed
+
     divergence, agreement, overlap = values.mean(dim=0).tolist()
     bits = {role: (model or {}).get("bits_per_byte") for role, model in figures.items()}
     return {

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from distill_trainer.evaluation.measure import floating_dtype, memory_kind
+from distill_trainer.evaluation.measure import floating_dtype
+from distill_trainer.evaluation.speed import memory_kind
 
 VERSIONS = ("distill_trainer", "torch", "transformers", "datasets", "accelerate", "tokenizers")
 

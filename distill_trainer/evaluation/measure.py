@@ -1,13 +1,13 @@
-"""What one causal language model scores and costs: likelihood, speed, memory and size."""
+"""What one causal language model scores, and how large it is."""
 
 import functools
-import statistics
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -101,114 +101,51 @@ def active_parameters(model: PreTrainedModel) -> int:
     return round(active)
 
 
-def model_size(model: PreTrainedModel) -> dict[str, float | int]:
-    """`parameters`, `active_parameters` and `size_mb` (10^6 bytes, in the dtype the weights have now).
+def model_size(model: PreTrainedModel, folder: str | Path | None = None) -> dict[str, float | int]:
+    """`parameters`, `active_parameters`, `size_mb` and `disk_mb`, the latter two in 10^6 bytes.
 
-    Tied weights count once, as in a saved checkpoint.
+    Args:
+        model: Tied weights count once, as in a saved checkpoint. `size_mb` are its weights in the dtype they have now.
+        folder: Where it was loaded from: `disk_mb` are the weight files there, in the dtype in which they were saved.
+            None, or a folder without such files: what saving the model now would write.
     """
     size_mb = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 1e6
+    files = weight_files(Path(folder)) if folder else []
     return {
         "parameters": model.num_parameters(),
         "active_parameters": active_parameters(model),
         "size_mb": size_mb,
+        "disk_mb": sum(file.stat().st_size for file in files) / 1e6 if files else saved_bytes(model) / 1e6,
     }
+
+
+def model_folder(name: str | Path) -> Path | None:
+    """The folder of a model that was loaded by name or path, None if it is nowhere on this machine."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(str(name), local_files_only=True))
+    except (OSError, ValueError):  # not in the cache, or no possible name
+        return None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a model folder that hold the model's weights: one, or its shards; empty if it has none."""
+    for name, shards in (("model.safetensors", "model-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*.bin")):
+        if (folder / name).is_file():
+            return [folder / name]
+        if found := sorted(folder.glob(shards)):
+            return found
+    return []
+
+
+def saved_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the tensors that a checkpoint of the model would hold, each storage once."""
+    tensors = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()}
+    return sum(tensors.values())
 
 
 def floating_dtype(model: nn.Module) -> torch.dtype:
     """The narrowest dtype that holds every floating parameter exactly."""
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     return functools.reduce(torch.promote_types, dtypes)
-
-
-@contextmanager
-def cast_up(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Hold the floating parameters in a wider `dtype` for a while; going back loses nothing.
-
-    Buffers keep their dtype: the frequencies of a rotary embedding stay in float32 beside half-precision weights.
-    """
-    own = {parameter: parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    try:
-        for parameter in own:
-            parameter.data = parameter.data.to(dtype)
-        yield
-    finally:
-        for parameter, own_dtype in own.items():
-            parameter.data = parameter.data.to(own_dtype)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def measure_speed(
-    model: PreTrainedModel,
-    batch: dict[str, Tensor],
-    side: str = "student",
-    *,
-    dtype: torch.dtype | None = None,
-    repeats: int = 5,
-    warmup: int = 2,
-) -> dict[str, float | str | None]:
-    """Throughput of the forward pass on one batch: the median of `repeats` passes behind `warmup` untimed ones.
-
-    Args:
-        model: Any causal language model.
-        batch: A collated batch.
-        side: "student" or "teacher": whose token ids the model reads.
-        dtype: Dtype for the pass, at least as wide as the model's own, so that models compare. None keeps the own.
-            A quantised model always keeps its own.
-        repeats: Timed passes.
-        warmup: Untimed passes before them.
-
-    Returns:
-        `tokens_per_second` (the batch's scored tokens), `bytes_per_second` (its scored bytes), and `peak_memory_mb`,
-        see `peak_memory`. Sequence ends outside the scored span cost time and count for nothing, for every model
-        alike.
-    """
-    if dtype is None or getattr(model, "is_quantized", False):
-        dtype = floating_dtype(model)
-    device, seconds = model.device, []
-    tokens = int(scored_tokens(batch, side, device).sum())
-    with evaluating(model), cast_up(model, dtype):
-        before = _reset_peak_memory(device)
-        for _ in range(warmup + repeats):
-            _synchronize(device)
-            start = time.perf_counter()
-            forward_logits(model, batch, side)
-            _synchronize(device)
-            seconds.append(time.perf_counter() - start)
-        memory = peak_memory(model, before)
-    median = statistics.median(seconds[warmup:])
-    return {
-        "tokens_per_second": tokens / median,
-        "bytes_per_second": int(batch["scored_bytes"].sum()) / median,
-        "peak_memory_mb": memory,
-    }
-
-
-def _reset_peak_memory(device: torch.device) -> int:
-    """Bytes that the CUDA allocator holds now, after its peak was reset; 0 on other devices."""
-    if device.type != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
-
-
-def memory_kind(device: torch.device) -> str:
-    """What `peak_memory_mb` means on a device."""
-    return "CUDA allocator, this model alone" if device.type == "cuda" else "resident set of the whole process"
-
-
-def peak_memory(model: PreTrainedModel, allocated_before: int = 0) -> float | None:
-    """Memory in 10^6 bytes: on CUDA the weights plus the pass's peak above `allocated_before`, else the process's RSS.
-
-    On a CPU the figure covers everything in the process, other models and the data included, so it is an upper bound
-    and does not compare models.
-    """
-    if model.device.type == "cuda":
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        return (torch.cuda.max_memory_allocated(model.device) - allocated_before + weights) / 1e6
-    import psutil  # comes with accelerate, needed here only
-
-    return psutil.Process().memory_info().rss / 1e6

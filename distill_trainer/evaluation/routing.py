@@ -226,8 +226,10 @@ class RoutingRecord:
     def _token_classes(self, ids: Tensor) -> Tensor:
         """Index in `TOKEN_CLASSES` of each token."""
         new = [token for token in ids.unique().tolist() if token not in self._classes]
+        special = set(self.tokenizer.all_special_ids)
         for token, name in zip(new, self.tokenizer.convert_ids_to_tokens(new), strict=True):
-            self._classes[token] = TOKEN_CLASSES.index(token_class(token_bytes(name)))
+            # What stands before a document is no text.
+            self._classes[token] = TOKEN_CLASSES.index(token_class(b"" if token in special else token_bytes(name)))
         return torch.tensor([self._classes[token] for token in ids.tolist()], dtype=torch.long)
 
     def _passage(self, routed: RoutedBatch, batch: dict[str, Tensor], row: int) -> list[dict[str, Any]]:

@@ -8,6 +8,9 @@ from distill_trainer.report.tables import (
     FOOTNOTE,
     RELIABILITY_HEADER,
     RELIABILITY_NOTE,
+    TOKEN_HEADER,
+    benchmark_note,
+    benchmark_table,
     decile_note,
     decile_table,
     reliability_rows,
@@ -30,6 +33,8 @@ def markdown_page(report: dict[str, Any], plots: Sequence[Plot]) -> str:
         parts += [title, _table(deciles[0], deciles[1:]), _text(decile_note(report))]
     if bins := reliability_rows(report):
         parts += ["## Reliability of the capacity", _table(RELIABILITY_HEADER, bins), RELIABILITY_NOTE]
+    if benchmarks := benchmark_table(report):
+        parts += ["## Benchmarks", _table(benchmarks[0], benchmarks[1:]), _text(benchmark_note(report))]
     parts += ["## Token figures (not comparable between tokenizers)", _token_table(report), FOOTNOTE]
     command = (report.get("environment") or {}).get("command")
     if command:
@@ -53,7 +58,7 @@ def _headline(report: dict[str, Any]) -> str:
 
 
 def _token_table(report: dict[str, Any]) -> str:
-    return _table(("model", "name", "token perplexity", "tokens per second", "peak memory"), token_rows(report))
+    return _table(TOKEN_HEADER, token_rows(report))
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

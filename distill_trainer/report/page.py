@@ -8,7 +8,14 @@ from distill_trainer.report.elements import facts, figure, note, table
 from distill_trainer.report.plots import Plot
 from distill_trainer.report.router import gap_panel, router_panel
 from distill_trainer.report.style import STYLE
-from distill_trainer.report.tables import FOOTNOTE, sections, token_rows
+from distill_trainer.report.tables import (
+    FOOTNOTE,
+    TOKEN_HEADER,
+    benchmark_note,
+    benchmark_table,
+    sections,
+    token_rows,
+)
 from distill_trainer.report.wording import (
     ROLES,
     model_rows,
@@ -41,8 +48,9 @@ def html_page(report: dict[str, Any], plots: Sequence[Plot]) -> str:
         gap_panel(report, plots),
         router,
         f"<h2>Figures</h2><div class=grid>{''.join(lists.values())}</div>" if lists else "",
+        _benchmarks(report),
         "<h2>Models</h2>",
-        table(("", "name", "token perplexity", "tokens/s", "memory"), token_rows(report), "models"),
+        table(TOKEN_HEADER, token_rows(report), "models"),
         note(FOOTNOTE),
         f"<h2>Command</h2><pre>{escape(command)}</pre>" if command else "",
     ]
@@ -76,6 +84,11 @@ def _headline(report: dict[str, Any]) -> str:
         "<th scope=col>parameters</th><th scope=col class=wide>size</th><th scope=col>text speed</th>"
     )
     return f"<table class=headline><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _benchmarks(report: dict[str, Any]) -> str:
+    rows = benchmark_table(report)
+    return f"<h2>Benchmarks</h2>{table(rows[0], rows[1:])}{note(benchmark_note(report))}" if rows else ""
 
 
 def _tiles(report: dict[str, Any]) -> str:

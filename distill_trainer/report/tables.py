@@ -11,10 +11,16 @@ RELIABILITY_NOTE = (
     "on the training text, of which a student may know more."
 )
 
+TOKEN_HEADER = (
+    *("model", "name", "token perplexity", "tokens read per second", "tokens written per second"),
+    *("text written per second", "on disk", "peak memory"),
+)
+
 FOOTNOTE = (
     "Every model is scored on the same bytes of held-out text. Bits per byte (lower is better) and word perplexity "
-    "compare models with different tokenizers; token perplexity does not. Speed is the forward pass, all models in "
-    "the same dtype. Memory on a CPU is that of the whole process."
+    "compare models with different tokenizers; token perplexity does not. Speed is the forward pass, or greedy "
+    "generation behind a prompt of the same text, all models in the same dtype. Memory on a CPU is that of the whole "
+    "process."
 )
 
 
@@ -30,6 +36,7 @@ def sections(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
                 ("teacher parameters per student parameter", number(compression.get("parameter_ratio"), 2)),
                 ("size saved", percent(saved)),
                 ("speed-up, per byte of text", number(compression.get("speedup"), 2, "×")),
+                ("speed-up of generation, per byte", number(compression.get("generation_speedup"), 2, "×")),
             ],
         ),
         (
@@ -70,6 +77,8 @@ def _data_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
         "eval_documents": "held-out documents",
         "eval_bytes": "held-out bytes",
         "scored_bytes": "held-out bytes scored",
+        "eval_max_length": "student tokens in a scored window",
+        "eval_stride": "of these scored, the rest is context",
     }
     rows = [(label, number(data.get(key))) for key, label in names.items()]
     rows.append(("student tokens that are anchors", percent(data.get("anchor_fraction"), 1)))
@@ -90,18 +99,63 @@ def _environment_rows(environment: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def token_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Name, token perplexity, tokens per second and memory of every scored model."""
+    """Name, token perplexity, tokens per second read and written, and memory of every scored model."""
     return [
         (
             ROLES[role],
             str(figures["name"]),
             perplexity(figures.get("token_perplexity")),
             short(figures.get("tokens_per_second")),
+            short(figures.get("generated_tokens_per_second")),
+            short(figures.get("generated_bytes_per_second"), "B/s"),
+            number(figures.get("disk_mb"), 1, " MB"),
             number(figures.get("peak_memory_mb"), 0, " MB"),
         )
         for role, figures in model_rows(report)
         if "name" in figures
     ]
+
+
+def benchmark_table(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Scores on the harness's tasks with their standard errors, a column per student, under a row of headings.
+
+    Empty without benchmarks.
+    """
+    rows = (report.get("benchmarks") or {}).get("rows") or []
+    roles = [role for role in ROLES if rows and role in rows[0]["scores"]]
+    header = ("task", "metric", "shots", "examples", *(ROLES[role] for role in roles))
+    lines = [
+        (
+            str(row["task"]),
+            _metric_name(row),
+            number(row["num_fewshot"]),
+            number(row["samples"]),
+            *(_with_error(row["scores"][role]) for role in roles),
+        )
+        for row in rows
+    ]
+    return [header, *lines] if lines else []
+
+
+def _metric_name(row: dict[str, Any]) -> str:
+    direction = {True: " (higher is better)", False: " (lower is better)"}.get(row["higher_is_better"], "")
+    # The harness calls a metric without a filter so.
+    return row["metric"] + ("" if row["filter"] == "none" else f", {row['filter']}") + direction
+
+
+def _with_error(score: dict[str, float | None]) -> str:
+    stderr = score["stderr"]
+    return number(score["value"], 4) + ("" if stderr is None else f" ± {number(stderr, 4)}")
+
+
+def benchmark_note(report: dict[str, Any]) -> str:
+    """By what the benchmarks were measured, and on how much of them; empty without them."""
+    benchmarks = report.get("benchmarks")
+    if not benchmarks:
+        return ""
+    limit = benchmarks.get("limit")
+    part = "" if limit is None else f" Only the first {number(limit)} examples of each task: not a published figure."
+    return f"Measured by EleutherAI's lm_eval {benchmarks['harness']}, ± standard error.{part}"
 
 
 def reliability_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:

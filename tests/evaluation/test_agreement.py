@@ -2,31 +2,33 @@ import math
 
 import pytest
 import torch
-from builders import SAME, STUDENT_ROWS, collated, projection, tiny_llama, tiny_moe
+from builders import SAME, STUDENT_ROWS, TEXTS, collated, projection, tiny_llama, tiny_moe, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MambaConfig, MambaForCausalLM
 
+from distill_trainer.anchors import Anchors
 from distill_trainer.evaluation import agreement
 from distill_trainer.evaluation.agreement import (
     attention_similarity,
-    gap_closed,
     gap_deciles,
     quantile_groups,
     replace_at_anchors,
     retention_values,
 )
 from distill_trainer.evaluation.measure import forward_logits
+from distill_trainer.evaluation.windows import evaluation_batches
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_retention_is_that_of_every_anchor_whatever_the_chunks(monkeypatch, padding_side):
+def test_retention_is_that_of_every_anchor_that_a_token_follows_whatever_the_chunks(monkeypatch, padding_side):
     batch = collated(5, padding_side=padding_side)
     with torch.no_grad():
         student_logits = forward_logits(tiny_llama(), batch, "student")
         teacher_logits = forward_logits(tiny_moe(), batch, "teacher")
     expected = []
-    for row, anchor in batch["anchor_mask"].nonzero().tolist():
+    assert 0 < len(Anchors.of(batch)) < int(batch["anchor_mask"].sum())
+    for row, anchor in Anchors.of(batch).mask.nonzero().tolist():
         p = projection()(
             teacher_logits[row, batch["teacher_positions"][row, anchor]]
             .double()
@@ -57,23 +59,6 @@ def test_only_the_routed_anchors_get_other_beliefs():
     assert replaced is values and torch.equal(values, expected)
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "teacher", "closed"),
-    [
-        (3.0, 2.5, 2.0, 0.5),
-        (3.0, 3.5, 2.0, -0.5),
-        (3.0, 1.5, 2.0, 1.5),
-        (2.0, 1.9, 2.0, None),
-        (2.0, 1.9, 2.5, None),
-        (None, 1.9, 2.5, None),
-        (3.0, None, 2.5, None),
-        (3.0, 2.0, None, None),
-    ],
-)
-def test_the_closed_gap_is_a_share_of_what_the_teacher_knew_more(before, after, teacher, closed):
-    assert gap_closed(before, after, teacher) == closed
-
-
 def eager_similarity(student, teacher, batch):
     """From the attention maps that the eager implementation returns, one anchor and one span at a time."""
     maps = []
@@ -88,8 +73,11 @@ def eager_similarity(student, teacher, batch):
         model.set_attn_implementation("sdpa")
         maps.append((attentions.double().mean(dim=1), batch[f"{side}_positions"]))
     values = []
-    for row, present in enumerate(batch["anchor_mask"].sum(dim=1).tolist()):
-        for anchor in range(1, present):
+    present = batch.get("window_anchor_mask", batch["anchor_mask"])
+    for row, anchors in enumerate(present.sum(dim=1).tolist()):
+        for anchor in range(1, anchors):
+            if not batch["anchor_mask"][row, anchor]:
+                continue
             p, q = (
                 [
                     attention[row, positions[row, anchor], start + 1 : positions[row, span] + 1].sum().item()
@@ -108,6 +96,19 @@ def test_attention_is_compared_in_the_last_layer_over_the_spans_between_anchors(
     similarity = attention_similarity(student, teacher, [batch])
     assert 0.1 < similarity < 0.999
     assert similarity == pytest.approx(eager_similarity(student, teacher, batch), rel=1e-5)
+
+
+def test_the_context_of_a_window_is_attended_to_in_its_own_spans():
+    student, teacher = tiny_llama(), tiny_moe()
+    tokenizers = tokenizer("student"), tokenizer("teacher")
+    batches, _ = evaluation_batches(TEXTS, *tokenizers, max_length=16, stride=6, batch_size=64)
+    (batch,) = batches
+    assert (batch["window_anchor_mask"] & ~batch["anchor_mask"]).sum() > 20
+    expected = eager_similarity(student, teacher, batch)
+    assert attention_similarity(student, teacher, [batch]) == pytest.approx(expected, rel=1e-5)
+    # Where the context is one span, the models look more alike.
+    coarse = {key: value for key, value in batch.items() if key != "window_anchor_mask"}
+    assert attention_similarity(student, teacher, [coarse]) != pytest.approx(expected, rel=1e-3)
 
 
 def test_a_model_attends_as_itself():

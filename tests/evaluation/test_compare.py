@@ -8,7 +8,7 @@ from builders import ASSETS, TEXTS, tiny_llama, tiny_moe, tiny_trainer, tokenize
 from distill_trainer import evaluate_models
 from distill_trainer.aligned import RoutedBatch
 from distill_trainer.documents import load_sotu
-from distill_trainer.errors import DataError
+from distill_trainer.errors import ConfigurationError, DataError
 from distill_trainer.evaluation.compare import MODEL_KEYS
 from distill_trainer.evaluation.measure import SIDES
 from distill_trainer.evaluation.routing import ROUTER_KEYS, TOKEN_CLASSES
@@ -16,7 +16,7 @@ from distill_trainer.evaluation.routing import ROUTER_KEYS, TOKEN_CLASSES
 TOKENIZERS = {"student_tokenizer": tokenizer("student"), "teacher_tokenizer": tokenizer("teacher")}
 SECTIONS = {
     *("schema", "teacher", "student_before", "student", "baseline", "student_aware_teacher", "compression"),
-    *("retention", "attention", "router", "gap", "data", "environment"),
+    *("retention", "attention", "router", "gap", "benchmarks", "data", "environment"),
 }
 
 
@@ -67,8 +67,11 @@ def test_the_demo_models_are_compared_on_unseen_text():
     assert student["active_parameters"] == student["parameters"]
     assert report["data"]["eval_documents"] == 2
     assert report["data"]["eval_bytes"] == sum(len(text.encode()) for text in texts)
-    assert 0.95 < report["data"]["scored_bytes"] / report["data"]["eval_bytes"] < 1
-    assert 0.5 < report["data"]["anchor_fraction"] < 1
+    assert report["data"]["scored_bytes"] == report["data"]["eval_bytes"]
+    assert report["data"]["eval_max_length"] == 128 and report["data"]["eval_stride"] == 64
+    for side, figures in (("student", student), ("teacher", teacher)):
+        assert figures["disk_mb"] == (ASSETS / side / "model.safetensors").stat().st_size / 1e6
+    assert 0.5 < report["data"]["anchor_fraction"] < 1 and report["benchmarks"] is None
     assert 0 < report["retention"]["top1_agreement"] < report["attention"]["similarity"] < 1
     assert report["student_before"] == dict.fromkeys(MODEL_KEYS) and report["baseline"] is None
     assert report["router"] == dict.fromkeys(ROUTER_KEYS)
@@ -85,6 +88,7 @@ def test_ratios_and_shares_follow_from_the_figures_in_the_report(routed_report):
         "parameter_ratio": teacher["parameters"] / student["parameters"],
         "size_reduction": 1 - student["size_mb"] / teacher["size_mb"],
         "speedup": student["bytes_per_second"] / teacher["bytes_per_second"],
+        "generation_speedup": student["generated_bytes_per_second"] / teacher["generated_bytes_per_second"],
     }
     bits = {role: report[role]["bits_per_byte"] for role in roles}
     assert len(set(bits.values())) == 4
@@ -262,20 +266,52 @@ def test_a_quantised_student_has_no_speed_up():
     student = tiny_llama()
     student.is_quantized = True
     report = evaluate(student=student)
-    assert report["compression"]["speedup"] is None and report["student"]["bytes_per_second"] > 0
+    assert report["compression"]["speedup"] is None and report["compression"]["generation_speedup"] is None
+    assert report["student"]["bytes_per_second"] > 0
 
 
 def test_attention_is_sampled_evenly_from_many_batches(monkeypatch):
     from distill_trainer.evaluation import compare
 
     seen = []
+    speeds = dict.fromkeys(("bytes_per_second", "generated_bytes_per_second"), 1.0)
     monkeypatch.setattr(compare, "ATTENTION_BATCHES", 2)
     monkeypatch.setattr(compare, "attention_similarity", lambda student, teacher, batches: seen.extend(batches))
-    monkeypatch.setattr(compare, "measure_speed", lambda *arguments, **keywords: {"bytes_per_second": 1.0})
+    monkeypatch.setattr(compare, "measure_speed", lambda *arguments, **keywords: speeds)
     evaluate(texts=TEXTS, batch_size=1, max_length=1000)
-    wanted = [TEXTS[0], TEXTS[3]]
+    wanted = ["<|endoftext|>" + TEXTS[0], "<|endoftext|>" + TEXTS[3]]
     ids = SIDES["student"][0]
     assert [tokenizer("student").decode(batch[ids][0]) for batch in seen] == wanted
+
+
+def test_the_stride_decides_how_much_context_a_token_has():
+    bits = [evaluate(student=ASSETS / "student", stride=stride)["student"]["bits_per_byte"] for stride in (4, 24)]
+    assert bits[0] < bits[1]
+    report = evaluate(stride=4)
+    assert report["data"]["eval_stride"] == 4
+    assert report["data"]["scored_bytes"] == report["data"]["eval_bytes"]
+
+
+def test_a_stride_longer_than_a_window_is_refused():
+    with pytest.raises(ConfigurationError, match="eval_stride must be from 1 to max_length, which is 24, got 25"):
+        evaluate(stride=25)
+
+
+def test_every_student_is_measured_on_the_benchmarks():
+    class Harness:
+        def run(self, model, tokenizer, batch_size):
+            return {"model": model, "tokenizer": tokenizer, "batch_size": batch_size}
+
+        def table(self, results):
+            return results
+
+    before, student = tiny_llama(seed=3), tiny_llama()
+    report = evaluate(student=student, student_before=before, benchmarks=Harness())
+    assert list(report["benchmarks"]) == ["student_before", "student"]
+    for role, model in (("student_before", before), ("student", student)):
+        assert report["benchmarks"][role]["model"] is model
+        assert report["benchmarks"][role]["tokenizer"] is tokenizer("student")
+        assert report["benchmarks"][role]["batch_size"] == 2
 
 
 @pytest.mark.parametrize("texts", [[], ["", ""]])
@@ -284,9 +320,8 @@ def test_no_text_is_an_error_that_says_so(texts):
         evaluate(texts=texts)
 
 
-def test_texts_without_two_anchors_are_an_error_that_says_so():
-    with pytest.raises(DataError, match="None of the 1 documents holds two anchors"):
-        evaluate(texts=["a"])
+def test_a_text_of_one_token_is_scored_too():
+    assert evaluate(texts=["a"])["data"]["scored_bytes"] == 1
 
 
 def test_a_copy_that_waits_elsewhere_is_measured_where_the_student_is_and_goes_back():

@@ -1,23 +1,16 @@
-import math
-from itertools import count
-
 import pytest
 import torch
-from builders import FAMILIES, STUDENT_ROWS, TEXTS, collated, tiny_llama, tiny_moe, tokenizer, windows
+from builders import ASSETS, FAMILIES, STUDENT_ROWS, TEXTS, collated, tiny_llama, tiny_moe, tokenizer, windows
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from distill_trainer.evaluation import measure
 from distill_trainer.evaluation.measure import (
     SIDES,
     active_parameters,
-    cast_up,
     evaluating,
     floating_dtype,
     forward_logits,
-    measure_speed,
-    memory_kind,
+    model_folder,
     model_size,
-    peak_memory,
     score_logits,
     scored_tokens,
 )
@@ -128,49 +121,34 @@ def test_the_dtype_of_a_model_holds_all_of_its_parameters():
     assert floating_dtype(model) == torch.float32
 
 
-def test_casting_up_is_undone_bit_for_bit_and_spares_buffers():
-    model = tiny_llama().to(torch.bfloat16)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    buffers = {name: value.dtype for name, value in model.named_buffers()}
-    with cast_up(model, torch.float32):
-        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-        assert {name: value.dtype for name, value in model.named_buffers()} == buffers
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert floating_dtype(model) == torch.bfloat16
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_size_on_disk_is_that_of_what_saving_writes(tmp_path, tied, dtype):
+    model = tiny_llama(tie_word_embeddings=tied).to(dtype)
+    foretold = model_size(model)["disk_mb"]
+    model.save_pretrained(tmp_path)
+    written = (tmp_path / "model.safetensors").stat().st_size
+    # The file has a header too.
+    assert 0 < written - 1e6 * foretold < 4000
+    # Read back wider than it was saved.
+    assert model_size(model.float(), tmp_path)["disk_mb"] == pytest.approx(written / 1e6)
 
 
-def test_speed_is_the_median_of_the_timed_passes_behind_the_warm_up(monkeypatch):
-    model, batch = tiny_llama().half(), collated(2)
-    dtypes = []
-    model.lm_head.register_forward_pre_hook(lambda module, inputs: dtypes.append(inputs[0].dtype))
-    # Two slow passes to warm up, then five; the clock is read before and after each.
-    durations, clock = [100.0, 100.0, 4.0, 1.0, 2.0, 8.0, 50.0], [0.0]
-    ticks = count()
-
-    def perf_counter():
-        tick = next(ticks)
-        clock[0] += durations[tick // 2] if tick % 2 else 0.0
-        return clock[0]
-
-    monkeypatch.setattr(measure.time, "perf_counter", perf_counter)
-    speed = measure_speed(model, batch, dtype=torch.float32, repeats=5, warmup=2)
-    assert dtypes == [torch.float32] * 7
-    assert speed["tokens_per_second"] == int(scored_tokens(batch, "student", CPU).sum()) / 4.0
-    assert speed["bytes_per_second"] == int(batch["scored_bytes"].sum()) / 4.0
-    assert floating_dtype(model) == torch.float16
-
-
-def test_a_quantised_model_keeps_its_own_dtype_for_the_speed():
-    model = tiny_llama().to(torch.bfloat16)
-    model.is_quantized = True
-    dtypes = []
-    model.lm_head.register_forward_pre_hook(lambda module, inputs: dtypes.append(inputs[0].dtype))
-    assert math.isfinite(measure_speed(model, collated(1), dtype=torch.float32, repeats=1)["bytes_per_second"])
-    assert set(dtypes) == {torch.bfloat16}
-
-
-def test_memory_on_a_cpu_is_the_whole_process_and_says_so():
+def test_the_shards_of_a_checkpoint_are_added_up_and_other_weights_beside_it_are_not(tmp_path):
     model = tiny_llama()
-    assert peak_memory(model) > model_size(model)["size_mb"]
-    assert "whole process" in memory_kind(CPU)
-    assert "this model alone" in memory_kind(torch.device("cuda"))
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    (tmp_path / "distillation_modules.safetensors").write_bytes(b"0" * 100_000)
+    shards = list(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    size = sum(shard.stat().st_size for shard in shards) / 1e6
+    assert model_size(model, tmp_path)["disk_mb"] == pytest.approx(size)
+
+
+def test_a_folder_without_weight_files_leaves_the_size_of_the_model_at_hand(tmp_path):
+    model = tiny_llama()
+    assert model_size(model, tmp_path) == model_size(model)
+
+
+def test_the_folder_of_a_name_is_where_it_was_loaded_from():
+    assert model_folder(ASSETS / "student") == ASSETS / "student"
+    assert model_folder("nobody/nothing") is None and model_folder("./no/such folder") is None

@@ -1,16 +1,23 @@
 import math
 import socket
+from itertools import count
 
 import evaluate
 import pytest
 import torch
+from builders import TEXTS, tiny_llama, tokenizer
 
+from distill_trainer.evaluation.measure import evaluating, forward_logits, score_logits
 from distill_trainer.evaluation.metrics import METRICS
 from distill_trainer.evaluation.metrics.attention_similarity.attention_similarity import similarity_per_row
 from distill_trainer.evaluation.metrics.bits_per_byte.bits_per_byte import bits_per_byte
 from distill_trainer.evaluation.metrics.compression.compression import compression
-from distill_trainer.evaluation.metrics.knowledge_retention.knowledge_retention import retention_per_position
+from distill_trainer.evaluation.metrics.knowledge_retention.knowledge_retention import (
+    gap_closed,
+    retention_per_position,
+)
 from distill_trainer.evaluation.metrics.perplexity.perplexity import perplexity
+from distill_trainer.evaluation.windows import evaluation_batches
 
 NAMES = ("attention_similarity", "bits_per_byte", "compression", "knowledge_retention", "perplexity")
 
@@ -27,7 +34,10 @@ def load(tmp_path, monkeypatch):
     # evaluate copies a script there, and puts the folder on the path.
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    return lambda name: evaluate.load(str(METRICS / name), cache_dir=str(tmp_path), experiment_id=name)
+    numbers = count()
+    return lambda name: evaluate.load(
+        str(METRICS / name), cache_dir=str(tmp_path), experiment_id=f"{name}-{next(numbers)}"
+    )
 
 
 def distributions(rows, size, seed):
@@ -87,13 +97,14 @@ def test_perplexity(load):
 
 
 def test_compression(load):
-    student = {"parameters": 20, "size_mb": 5.0, "bytes_per_second": 900.0}
-    teacher = {"parameters": 100, "size_mb": 50.0, "bytes_per_second": 300.0}
-    expected = {"parameter_ratio": 5.0, "size_reduction": 0.9, "speedup": 3.0}
+    student = {"parameters": 20, "size_mb": 5.0, "bytes_per_second": 900.0, "generated_bytes_per_second": 60.0}
+    teacher = {"parameters": 100, "size_mb": 50.0, "bytes_per_second": 300.0, "generated_bytes_per_second": 30.0}
+    expected = {"parameter_ratio": 5.0, "size_reduction": 0.9, "speedup": 3.0, "generation_speedup": 2.0}
     assert compression(student, teacher) == pytest.approx(expected)
     metric = load("compression")
     assert metric.compute(predictions=[student], references=[teacher]) == pytest.approx(expected)
-    assert compression(student | {"bytes_per_second": None}, teacher)["speedup"] is None
+    without = metric.compute(predictions=[student | {"bytes_per_second": None}], references=[teacher])
+    assert without == pytest.approx(expected | {"speedup": None})
     with pytest.raises(ValueError, match="predictions must be one model, got 2"):
         load("compression").compute(predictions=[student] * 2, references=[teacher] * 2)
 
@@ -145,3 +156,90 @@ def test_attention_similarity_is_1_for_equal_and_0_for_disjoint_rows_of_any_leng
     metric = load("attention_similarity")
     assert metric.compute(predictions=rows, references=rows)["similarity"] == pytest.approx(1)
     assert similarity_per_row(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])).item() == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "teacher", "closed"),
+    [
+        (3.0, 2.5, 2.0, 0.5),
+        (3.0, 3.5, 2.0, -0.5),
+        (3.0, 1.5, 2.0, 1.5),
+        (2.0, 1.9, 2.0, None),
+        (2.0, 1.9, 2.5, None),
+        (None, 1.9, 2.5, None),
+        (3.0, None, 2.5, None),
+        (3.0, 2.0, None, None),
+    ],
+)
+def test_the_closed_gap_is_a_share_of_what_the_teacher_knew_more(before, after, teacher, closed):
+    assert gap_closed(before, after, teacher) == closed
+
+
+def test_knowledge_retention_tells_the_closed_gap_of_models_whose_bits_per_byte_are_known(load):
+    rows = distributions(2, 6, seed=8).log().tolist()
+    bits = {"before": 3.0, "after": 2.5, "teacher": 2.0}
+    found = load("knowledge_retention").compute(predictions=rows, references=rows, bits_per_byte=bits)
+    expected = {"kl_divergence": 0.0, "top1_agreement": 1.0, "top5_overlap": 1.0, "gap_closed": 0.5}
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+FIGURES = {"parameters": 2, "size_mb": 1.0, "bytes_per_second": 4.0, "generated_bytes_per_second": 3.0}
+INPUTS = {
+    "bits_per_byte": ([3.5, 8.0, 0.25], [2, 9, 1]),
+    "perplexity": ([3.5, 8.0, 0.25], [1.0, 3.5, 0.5]),
+    "knowledge_retention": [distributions(3, 6, seed=seed).log().tolist() for seed in (9, 10)],
+    "attention_similarity": [distributions(3, 6, seed=seed).tolist() for seed in (11, 12)],
+    "compression": ([FIGURES], [FIGURES | {"parameters": 6}]),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batches_add_up_to_the_whole(load, name):
+    predictions, references = INPUTS[name]
+    whole = load(name).compute(predictions=predictions, references=references)
+    metric = load(name)
+    for rows in (slice(0, 1), slice(1, None)):
+        if predictions[rows]:
+            metric.add_batch(predictions=predictions[rows], references=references[rows])
+    assert metric.compute() == pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_metric_combines(load, name):
+    predictions, references = INPUTS[name]
+    alone = load(name).compute(predictions=predictions, references=references)
+    both = evaluate.combine({"one": load(name), "two": load(name)})
+    both.add_batch(predictions=predictions, references=references)
+    expected = {f"{prefix}_{key}": value for prefix in ("one", "two") for key, value in alone.items()}
+    assert both.compute() == pytest.approx(expected)
+
+
+def test_the_likelihoods_of_texts_give_bits_per_byte_and_word_perplexity_together(load):
+    texts, nlls = ["Größe zählt,  sagt man", "12", "日本語"], [20.0, 3.0, 9.0]
+    both = evaluate.combine([load("bits_per_byte"), load("perplexity")])
+    for text, nll in zip(texts, nlls, strict=True):
+        both.add_batch(predictions=[nll], references=[text])
+    num_bytes, words = 25 + 2 + 9, 4 + 1 + 1
+    expected = {"bits_per_byte": 32 / math.log(2) / num_bytes, "word_perplexity": math.exp(32 / words)}
+    assert both.compute() == pytest.approx(expected)
+    assert both.compute(predictions=nlls, references=texts) == pytest.approx(expected)
+
+
+def test_perplexity_is_what_the_metric_of_the_evaluate_library_finds_for_a_model(load):
+    """Its algorithm: each text behind a start token, the mean cross-entropy of its tokens, and the exponential."""
+    loaded, model = tokenizer("student", "right"), tiny_llama(initializer_range=0.3).eval()
+    encoded = loaded(TEXTS, padding=True, return_tensors="pt")
+    start = torch.full((len(TEXTS), 1), loaded.eos_token_id)
+    ids = torch.cat([start, encoded["input_ids"]], dim=1)
+    mask = torch.cat([torch.ones_like(start), encoded["attention_mask"]], dim=1)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask).logits[:, :-1]
+    losses = torch.nn.CrossEntropyLoss(reduction="none")(logits.transpose(1, 2), ids[:, 1:])
+    published = torch.exp((losses * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1)).tolist()
+    for text, expected in zip(TEXTS, published, strict=True):
+        # What the report's own path scores, in one window.
+        batches, _ = evaluation_batches([text], loaded, loaded, max_length=128, stride=64, batch_size=1)
+        with evaluating(model):
+            scores = score_logits(forward_logits(model, batches[0]), batches[0])
+        found = load("perplexity").compute(predictions=[scores["nll"]], references=[scores["tokens"]])
+        assert found["perplexity"] == pytest.approx(expected, rel=1e-4)

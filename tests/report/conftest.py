@@ -9,11 +9,14 @@ def model(name, bits, parameters, **changes):
         "parameters": parameters,
         "active_parameters": parameters,
         "size_mb": parameters * 4 / 1e6,
+        "disk_mb": parameters * 2 / 1e6,
         "bits_per_byte": bits,
         "word_perplexity": 2 ** (bits * 6.03),
         "token_perplexity": 2 ** (bits * 3.3),
         "tokens_per_second": 9e9 / parameters,
         "bytes_per_second": 3e10 / parameters,
+        "generated_tokens_per_second": 3e8 / parameters,
+        "generated_bytes_per_second": 1e9 / parameters,
         "peak_memory_mb": 812.4,
     }
     return figures | changes
@@ -28,7 +31,12 @@ def report():
         "student": model("tiny-llama", 2.2758, 2_150_000),
         "baseline": model("tiny-llama", 2.3225, 2_150_000),
         "student_aware_teacher": {"bits_per_byte": 1.7021},
-        "compression": {"parameter_ratio": 5.767, "size_reduction": 0.8266, "speedup": 3.91},
+        "compression": {
+            "parameter_ratio": 5.767,
+            "size_reduction": 0.8266,
+            "speedup": 3.91,
+            "generation_speedup": 2.84,
+        },
         "retention": {
             "kl_divergence": 0.6123,
             "top1_agreement": 0.5521,
@@ -73,12 +81,48 @@ def report():
                 {"anchors": 7054, "before": 5.347, "after": 3.911, "baseline": 4.102},
             ]
         },
+        "benchmarks": {
+            "harness": "0.4.13",
+            "limit": None,
+            "rows": [
+                {
+                    "task": "arc_easy",
+                    "version": 1.0,
+                    "metric": "acc",
+                    "filter": "none",
+                    "higher_is_better": True,
+                    "num_fewshot": 0,
+                    "samples": 2376,
+                    "scores": {
+                        "student_before": {"value": 0.2634, "stderr": 0.009},
+                        "baseline": {"value": 0.2881, "stderr": 0.0093},
+                        "student": {"value": 0.3127, "stderr": 0.0095},
+                    },
+                },
+                {
+                    "task": "lambada",
+                    "version": 1.0,
+                    "metric": "perplexity",
+                    "filter": "strict",
+                    "higher_is_better": False,
+                    "num_fewshot": 5,
+                    "samples": 5153,
+                    "scores": {
+                        "student_before": {"value": 912.4, "stderr": None},
+                        "baseline": {"value": 700.25, "stderr": None},
+                        "student": {"value": 612.5, "stderr": None},
+                    },
+                },
+            ],
+        },
         "data": {
             "train_documents": 40,
             "train_bytes": 1_912_345,
             "eval_documents": 12,
             "eval_bytes": 402_113,
-            "scored_bytes": 399_801,
+            "scored_bytes": 402_113,
+            "eval_max_length": 128,
+            "eval_stride": 64,
             "dropped": {"empty_documents": 1, "short_windows": 0},
             "anchor_fraction": 0.965,
         },

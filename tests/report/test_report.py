@@ -16,7 +16,7 @@ from distill_trainer.report.drawing import THEMES, Plot, series
 from distill_trainer.report.markdown import markdown_page
 from distill_trainer.report.page import html_page
 from distill_trainer.report.plots import draw_plots
-from distill_trainer.report.tables import sections, token_rows
+from distill_trainer.report.tables import TOKEN_HEADER, benchmark_note, benchmark_table, sections, token_rows
 from distill_trainer.report.wording import (
     case_sentence,
     model_rows,
@@ -91,6 +91,33 @@ def test_pages_list_the_single_figures_and_the_command(report):
         assert "dropped: short windows" in text and "torch 2.13.0" in text and "wandb" not in text
 
 
+def test_pages_show_the_benchmarks_of_all_students(report):
+    assert benchmark_table(report) == [
+        ("task", "metric", "shots", "examples", "student before", "student, no teacher", "student, distilled"),
+        (
+            *("arc_easy", "acc (higher is better)", "0", "2,376"),
+            *("0.2634 ± 0.0090", "0.2881 ± 0.0093", "0.3127 ± 0.0095"),
+        ),
+        (
+            *("lambada", "perplexity, strict (lower is better)", "5", "5,153"),
+            *("912.4000", "700.2500", "612.5000"),
+        ),
+    ]
+    for text in (Page(html_page(report, [])).text, markdown_page(report, [])):
+        assert all(cell in text for row in benchmark_table(report) for cell in row)
+        assert "lm_eval 0.4.13" in text and "Only the first" not in text
+    report["benchmarks"]["limit"] = 1000
+    assert "Only the first 1,000 examples of each task" in benchmark_note(report)
+
+
+def test_without_benchmarks_the_pages_do_not_speak_of_them(report):
+    for nothing in (None, {"harness": "0.4.13", "limit": None, "rows": []}):
+        report["benchmarks"] = nothing
+        assert benchmark_table(report) == []
+        for text in (html_page(report, []), markdown_page(report, [])):
+            assert "Benchmarks" not in text
+
+
 def test_what_models_are_called_cannot_break_the_pages(report, tmp_path):
     report["student"]["name"] = report["teacher"]["name"] = '<b>"a|b"</b>\nc'
     report["environment"]["command"] = "run <script>alert(1)</script>\n# x"
@@ -123,6 +150,7 @@ def test_null_figures_are_left_out_and_do_not_read_as_numbers(report):
     for section in ("router", "gap", "student_aware_teacher", "compression"):
         report[section] = dict.fromkeys(report[section])
     report["student_before"] = dict.fromkeys(report["student_before"])
+    report["benchmarks"] = None
     titles = [title for title, _ in sections(report)]
     assert "Router" not in titles and "Compression" not in titles and "Retention" in titles
     for text in (Page(html_page(report, [])).text, markdown_page(report, []), headline_table(report)):
@@ -211,6 +239,19 @@ def test_the_best_model_and_the_student_are_marked(report):
         "student, distilled",
         "teacher",
     ]
+
+
+def test_the_token_table_shows_speeds_of_reading_and_writing_and_what_a_model_takes(report):
+    assert dict(zip(TOKEN_HEADER, token_rows(report)[2], strict=True)) == {
+        "model": "student, distilled",
+        "name": "tiny-llama",
+        "token perplexity": perplexity(2 ** (2.2758 * 3.3)),
+        "tokens read per second": "4.19 k",
+        "tokens written per second": "140",
+        "text written per second": "465 B/s",
+        "on disk": "4.3 MB",
+        "peak memory": "812 MB",
+    }
 
 
 def test_the_terminal_table_is_aligned_ascii(report):

@@ -14,7 +14,7 @@ Every model that is compared must be scored on the same bytes. Lower is better."
 _INPUTS = """
 Args:
     predictions (list of float): negative log-likelihood of each text, summed over its tokens, in nats.
-    references (list of int): UTF-8 bytes that these likelihoods cover, for each text.
+    references (list of str, or of int): the text that each of these likelihoods covers, or its UTF-8 bytes.
 Returns:
     bits_per_byte (float)
 """
@@ -35,13 +35,14 @@ class BitsPerByte(evaluate.Metric):
     """`bits_per_byte` over all added texts."""
 
     def _info(self):
-        features = {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
+        nats, counts = datasets.Value("float64"), (datasets.Value("string"), datasets.Value("int64"))
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation="https://huggingface.co/papers/2101.00027 (section 3.1)",
             inputs_description=_INPUTS,
-            features=datasets.Features(features),
+            features=[datasets.Features({"predictions": nats, "references": count}) for count in counts],
         )
 
     def _compute(self, predictions, references):
-        return {"bits_per_byte": bits_per_byte(sum(predictions), sum(references))}
+        num_bytes = sum(len(text.encode("utf-8")) if isinstance(text, str) else text for text in references)
+        return {"bits_per_byte": bits_per_byte(sum(predictions), num_bytes)}

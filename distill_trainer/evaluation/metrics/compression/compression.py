@@ -5,28 +5,35 @@ import evaluate
 
 _DESCRIPTION = """Ratios of cost between a teacher and a student.
 
-parameter_ratio = teacher parameters / student parameters
-size_reduction  = 1 - student size / teacher size
-speedup         = student bytes per second / teacher bytes per second
+parameter_ratio    = teacher parameters / student parameters
+size_reduction     = 1 - student size / teacher size
+speedup            = student bytes per second / teacher bytes per second, of the forward pass
+generation_speedup = the same of generation
 
 Speed is compared per byte of text, since the two tokenizers cut the same text into different numbers of tokens."""
 
 _INPUTS = """
 Args:
-    predictions (list of one dict): the student's "parameters", "size_mb" and "bytes_per_second".
+    predictions (list of one dict): the student's "parameters", "size_mb", "bytes_per_second" and
+        "generated_bytes_per_second"; a speed may be None.
     references (list of one dict): the same keys of the teacher.
 Returns:
-    parameter_ratio (float), size_reduction (float, 0 to 1), speedup (float, None where a speed is missing)
+    parameter_ratio (float), size_reduction (float, at most 1), speedup and generation_speedup (float, None where a
+    speed is missing)
 """
 
 
 def compression(student: dict, teacher: dict) -> dict[str, float | None]:
-    """Parameter ratio, size reduction and speed-up of `student` over `teacher`, see the module's description."""
-    speeds = student.get("bytes_per_second"), teacher.get("bytes_per_second")
+    """Parameter ratio, size reduction and speed-ups of `student` over `teacher`, see the module's description."""
+
+    def ratio(speed: str) -> float | None:
+        return student[speed] / teacher[speed] if student.get(speed) and teacher.get(speed) else None
+
     return {
         "parameter_ratio": teacher["parameters"] / student["parameters"],
         "size_reduction": 1 - student["size_mb"] / teacher["size_mb"],
-        "speedup": speeds[0] / speeds[1] if all(speeds) else None,
+        "speedup": ratio("bytes_per_second"),
+        "generation_speedup": ratio("generated_bytes_per_second"),
     }
 
 
@@ -38,6 +45,7 @@ class Compression(evaluate.Metric):
             "parameters": datasets.Value("int64"),
             "size_mb": datasets.Value("float64"),
             "bytes_per_second": datasets.Value("float64"),
+            "generated_bytes_per_second": datasets.Value("float64"),
         }
         return evaluate.MetricInfo(
             description=_DESCRIPTION,

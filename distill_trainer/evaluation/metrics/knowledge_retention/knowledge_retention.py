@@ -1,4 +1,4 @@
-"""How much of the teacher's belief about the next token the student holds."""
+"""How much of the teacher's belief about the next token the student holds, and how much of the gap it has closed."""
 
 import datasets
 import evaluate
@@ -8,14 +8,20 @@ _DESCRIPTION = """Agreement of two distributions over the same vocabulary, avera
 
 kl_divergence  = mean over positions of sum_v p_teacher(v) * (log p_teacher(v) - log p_student(v)), in nats
 top1_agreement = share of positions where both put the same token first
-top5_overlap   = mean share of the teacher's five likeliest tokens that are among the student's five"""
+top5_overlap   = mean share of the teacher's five likeliest tokens that are among the student's five
+gap_closed     = (before - after) / (before - teacher), with bits per byte of the student before and after its
+                 training and of the teacher; None where the teacher is not better than the student before
+
+Two models with different vocabularies must first be brought to one: the student's."""
 
 _INPUTS = """
 Args:
     predictions (list of list of float): the student's log-probabilities, one row per position.
     references (list of list of float): the teacher's log-probabilities over the same vocabulary; -inf is allowed.
+    bits_per_byte (dict, optional, for `compute`): bits per byte on the same text, under "before", "after", "teacher".
 Returns:
-    kl_divergence (float, nats), top1_agreement (float, 0 to 1), top5_overlap (float, 0 to 1)
+    kl_divergence (float, nats), top1_agreement (float, 0 to 1), top5_overlap (float, 0 to 1);
+    gap_closed (float, 1 is all of it; or None) with `bits_per_byte`
 """
 
 
@@ -41,8 +47,18 @@ def retention_per_position(student_logprobs: torch.Tensor, teacher_logprobs: tor
     return torch.stack([divergence, agreement, overlap], dim=-1).cpu().double()
 
 
+def gap_closed(before: float | None, after: float | None, teacher: float | None) -> float | None:
+    """Share of the distance from `before` to `teacher`, in bits per byte, that `after` has covered.
+
+    None where a figure is missing or the teacher is not better than `before`, so there is no gap to close.
+    """
+    if before is None or after is None or teacher is None or before <= teacher:
+        return None
+    return (before - after) / (before - teacher)
+
+
 class KnowledgeRetention(evaluate.Metric):
-    """`retention_per_position`, averaged over all added positions."""
+    """`retention_per_position`, averaged over all added positions, and `gap_closed`."""
 
     def _info(self):
         row = datasets.Sequence(datasets.Value("float32"))
@@ -53,6 +69,7 @@ class KnowledgeRetention(evaluate.Metric):
             features=datasets.Features({"predictions": row, "references": row}),
         )
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions, references, bits_per_byte=None):
         means = retention_per_position(torch.tensor(predictions), torch.tensor(references)).mean(dim=0)
-        return dict(zip(("kl_divergence", "top1_agreement", "top5_overlap"), means.tolist(), strict=True))
+        scores = dict(zip(("kl_divergence", "top1_agreement", "top5_overlap"), means.tolist(), strict=True))
+        return scores if bits_per_byte is None else {**scores, "gap_closed": gap_closed(**bits_per_byte)}

@@ -7,7 +7,8 @@ import evaluate
 
 _DESCRIPTION = """Exponential of the mean negative log-likelihood per unit.
 
-perplexity = exp(sum(nll) / sum(units))
+perplexity      = exp(sum(nll) / sum(units)), where the units are counted by the caller: tokens, as a rule
+word_perplexity = exp(sum(nll) / sum(words)), where the texts are given; words are what white space separates
 
 With tokens as the unit the figure depends on the tokenizer and does not compare models with different ones;
 with words as the unit it does, when the models are scored on the same text. Lower is better."""
@@ -15,9 +16,9 @@ with words as the unit it does, when the models are scored on the same text. Low
 _INPUTS = """
 Args:
     predictions (list of float): negative log-likelihood of each text, summed over its tokens, in nats.
-    references (list of float): units (tokens or words) of each text. May be fractional.
+    references (list of float, or of str): units of each text, which may be fractional; or the texts.
 Returns:
-    perplexity (float)
+    perplexity (float); with texts word_perplexity (float)
 """
 
 
@@ -39,13 +40,15 @@ class Perplexity(evaluate.Metric):
     """`perplexity` over all added texts."""
 
     def _info(self):
-        features = {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
+        nats, units = datasets.Value("float64"), (datasets.Value("string"), datasets.Value("float64"))
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation="",
             inputs_description=_INPUTS,
-            features=datasets.Features(features),
+            features=[datasets.Features({"predictions": nats, "references": unit}) for unit in units],
         )
 
     def _compute(self, predictions, references):
+        if isinstance(references[0], str):
+            return {"word_perplexity": perplexity(sum(predictions), sum(len(text.split()) for text in references))}
         return {"perplexity": perplexity(sum(predictions), sum(references))}

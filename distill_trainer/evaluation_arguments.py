@@ -1,0 +1,51 @@
+"""Settings of how the report is measured."""
+
+from dataclasses import dataclass, field
+
+from distill_trainer.errors import ConfigurationError
+from distill_trainer.validation import check_number
+
+
+@dataclass
+class EvaluationArguments:
+    """How the report is measured: a part of `DistillationArguments`. Each field's help text is its documentation."""
+
+    eval_stride: int | None = field(
+        default=None,
+        metadata={"help": "Student tokens that a window of the report scores, 1 to max_length. None: half of it."},
+    )
+    lm_eval_tasks: list[str] | None = field(
+        default=None,
+        metadata={"help": "Tasks of EleutherAI's harness for the report: names, or YAML files. None: no tasks."},
+    )
+    lm_eval_include_path: str | None = field(
+        default=None, metadata={"help": "Folder with YAML files of further tasks. None: no further ones."}
+    )
+    lm_eval_limit: int | None = field(
+        default=None, metadata={"help": "Examples of each task, the first ones, 1 or above. None: all."}
+    )
+
+    def check_evaluation(self, *, max_length: int, skip_eval: bool) -> None:
+        """Raise a `ConfigurationError` unless the settings can be used.
+
+        Args:
+            max_length: Student tokens in a window.
+            skip_eval: Whether there is no report.
+        """
+        if self.eval_stride is not None:
+            check_number("eval_stride", self.eval_stride, least=1, whole=True)
+            if self.eval_stride > max_length:
+                raise ConfigurationError(
+                    f"eval_stride must be at most max_length, which is {max_length}, got {self.eval_stride}."
+                )
+        if self.lm_eval_limit is not None:
+            check_number("lm_eval_limit", self.lm_eval_limit, least=1, whole=True)
+        if self.lm_eval_tasks and skip_eval:
+            raise ConfigurationError(
+                f"lm_eval_tasks must be left out with skip_eval, got {' '.join(self.lm_eval_tasks)}."
+            )
+        for name in ("lm_eval_include_path", "lm_eval_limit"):
+            if getattr(self, name) is not None and not self.lm_eval_tasks:
+                raise ConfigurationError(
+                    f"{name} must be left out without lm_eval_tasks, got {getattr(self, name)}. Name the tasks."
+                )
