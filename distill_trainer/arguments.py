@@ -183,10 +183,6 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
     max_nonfinite_steps: int = field(
         default=3, metadata={"help": "Stop after this many steps in a row with a NaN or infinite loss, 1 or above."}
     )
-    run_baseline: bool = field(
-        default=False, metadata={"help": "Also train a copy of the student without a teacher, for the report."}
-    )
-    skip_eval: bool = field(default=False, metadata={"help": "Only train: no final evaluation and no report."})
 
     # LoRA
     use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters of the student, not its weights."})
@@ -256,7 +252,7 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
         if self.data_curriculum != "none" and self.train_sampling_strategy != "random":
             strategy = self.train_sampling_strategy
             raise ConfigurationError(f"train_sampling_strategy must be random with data_curriculum, got {strategy}.")
-        self.check_evaluation(max_length=self.max_length, skip_eval=self.skip_eval)
+        self.check_evaluation(max_length=self.max_length)
         if self.remove_unused_columns:
             raise ConfigurationError(
                 "remove_unused_columns must be false, got true. The teacher's columns are needed."

@@ -8,8 +8,12 @@ from distill_trainer.validation import check_number
 
 @dataclass
 class EvaluationArguments:
-    """How the report is measured: a part of `DistillationArguments`. Each field's help text is its documentation."""
+    """What is reported, and how it is measured: a part of `DistillationArguments`. Each field's help text is its documentation."""
 
+    run_baseline: bool = field(
+        default=False, metadata={"help": "Also train a copy of the student without a teacher, for the report."}
+    )
+    skip_eval: bool = field(default=False, metadata={"help": "Only train: no final evaluation and no report."})
     eval_stride: int | None = field(
         default=None,
         metadata={"help": "Student tokens that a window of the report scores, 1 to max_length. None: half of it."},
@@ -25,12 +29,11 @@ class EvaluationArguments:
         default=None, metadata={"help": "Examples of each task, the first ones, 1 or above. None: all."}
     )
 
-    def check_evaluation(self, *, max_length: int, skip_eval: bool) -> None:
+    def check_evaluation(self, *, max_length: int) -> None:
         """Raise a `ConfigurationError` unless the settings can be used.
 
         Args:
             max_length: Student tokens in a window.
-            skip_eval: Whether there is no report.
         """
         if self.eval_stride is not None:
             check_number("eval_stride", self.eval_stride, least=1, whole=True)
@@ -40,7 +43,7 @@ class EvaluationArguments:
                 )
         if self.lm_eval_limit is not None:
             check_number("lm_eval_limit", self.lm_eval_limit, least=1, whole=True)
-        if self.lm_eval_tasks and skip_eval:
+        if self.lm_eval_tasks and self.skip_eval:
             raise ConfigurationError(
                 f"lm_eval_tasks must be left out with skip_eval, got {' '.join(self.lm_eval_tasks)}."
             )
