@@ -8,7 +8,7 @@ from distill_trainer.validation import check_number
 
 @dataclass
 class EvaluationArguments:
-    """What is reported, and how it is measured: a part of `DistillationArguments`. Each field's help text is its documentation."""
+    """What is reported, and how it is measured: a part of `DistillationArguments`, documented by the help texts."""
 
     run_baseline: bool = field(
         default=False, metadata={"help": "Also train a copy of the student without a teacher, for the report."}
