@@ -160,6 +160,13 @@ class DistillationArguments(TrainingArguments):
     max_nonfinite_steps: int = field(
         default=3, metadata={"help": "Stop after this many steps in a row with a NaN or infinite loss, 1 or above."}
     )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after this many evaluations in a row without a better one, 1 or above. None: never."},
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "Bits per byte by which an evaluation must be better to count, 0 or above."}
+    )
     run_baseline: bool = field(
         default=False, metadata={"help": "Also train a copy of the student without a teacher, for the report."}
     )
@@ -203,6 +210,12 @@ class DistillationArguments(TrainingArguments):
     )
     label_names: list[str] | None = field(
         default_factory=lambda: ["labels"], metadata={"help": "Columns of a batch that hold labels."}
+    )
+    metric_for_best_model: str | None = field(
+        default="eval_bits_per_byte", metadata={"help": "What load_best_model_at_end and early stopping compare."}
+    )
+    greater_is_better: bool | None = field(
+        default=False, metadata={"help": "Whether a higher metric_for_best_model is better. Fewer bits are."}
     )
     report_to: str | list[str] = field(
         default_factory=lambda: "none",
@@ -284,6 +297,11 @@ class DistillationArguments(TrainingArguments):
         for name in ("initial_top_k", "final_top_k", "router_interval", "max_nonfinite_steps", "lora_r", "lora_alpha"):
             check_number(name, getattr(self, name), least=1, whole=True)
         check_number("max_length", self.max_length, least=2, whole=True)
+        check_number("early_stopping_threshold", self.early_stopping_threshold, least=0)
+        if self.early_stopping_patience is not None:
+            check_number("early_stopping_patience", self.early_stopping_patience, least=1, whole=True)
+            if self.eval_strategy == "no":
+                raise ConfigurationError("eval_strategy must be steps or epoch with early_stopping_patience, got no.")
         check_number("num_train_epochs", self.num_train_epochs, above=0)
         if not 0 <= self.lora_dropout < 1:
             raise ConfigurationError(f"lora_dropout must be from 0 to below 1, got {self.lora_dropout}.")

@@ -15,6 +15,7 @@ from distill_trainer.assembly import build_model, build_teacher
 from distill_trainer.callbacks import training_schedules
 from distill_trainer.checkpoint import load_modules, save_modules
 from distill_trainer.data import DistillationCollator, prepare_dataset
+from distill_trainer.early_stopping import ResumableEarlyStoppingCallback
 from distill_trainer.errors import ConfigurationError
 from distill_trainer.hub import push_student
 from distill_trainer.loading import resolve
@@ -141,6 +142,9 @@ class DistillationTrainer(Trainer):
         steps = StepCallback(self.record, self.distillation_model.gap, max_nonfinite_steps=args.max_nonfinite_steps)
         for callback in (*schedules, steps):
             self.add_callback(callback)
+        if args.early_stopping_patience is not None:
+            patience = args.early_stopping_patience, args.early_stopping_threshold
+            self.add_callback(ResumableEarlyStoppingCallback(*patience))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """`optim` with one learning rate for the student and one for the rest, and no decay on norms and biases."""

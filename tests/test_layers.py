@@ -17,7 +17,7 @@ LAYERS = [
         *("anchors", "teacher", "aligned", "logit_loss", "logit_pass", "routing", "modeling"),
         *("data", "documents", "loading", "scoring"),
     },
-    {"assembly", "callbacks", "checkpoint", "hub", "step_record", "trainer", "teacher_cache"},
+    {"assembly", "callbacks", "checkpoint", "early_stopping", "hub", "step_record", "trainer", "teacher_cache"},
     {"ablation", "ablation_file", "evaluation", "report", "export", "demo"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
