@@ -510,11 +510,11 @@ def test_wandb_gets_all_our_curves_offline(tmp_path, monkeypatch):
 
 
 def test_trackio_gets_all_our_curves(tmp_path, monkeypatch):
-    trackio = pytest.importorskip("trackio")
-    received = []
-    monkeypatch.setattr(trackio, "init", lambda **options: None)
-    monkeypatch.setattr(trackio, "log", lambda metrics, *rest, **options: received.append(metrics))
-    monkeypatch.setattr(trackio, "finish", lambda: None)
-    trainer = tiny_trainer(tmp_path, report_to="trackio", **WATCHED)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
+    trainer = tiny_trainer(tmp_path, report_to="trackio", project="curves", run_name="tiny", **WATCHED)
     trainer.train()
-    assert logged_names(trainer) <= {name for metrics in received for name in metrics}
+    stored = storage.get_logs("curves", "tiny")
+    assert logged_names(trainer) <= {name for metrics in stored for name in metrics}
+    curve = [metrics["eval/bits_per_byte"] for metrics in stored if "eval/bits_per_byte" in metrics]
+    assert curve == pytest.approx(logged(trainer, "eval_bits_per_byte"), rel=1e-6)

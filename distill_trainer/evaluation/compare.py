@@ -22,6 +22,7 @@ from distill_trainer.evaluation.agreement import (
     replace_at_anchors,
     retention_values,
 )
+from distill_trainer.evaluation.breakdown import retention_breakdown
 from distill_trainer.evaluation.environment import describe_environment
 from distill_trainer.evaluation.measure import (
     evaluating,
@@ -29,9 +30,12 @@ from distill_trainer.evaluation.measure import (
     forward_logits,
     measure_speed,
     model_size,
-    score_logits,
+    token_nats,
+    total_score,
 )
+from distill_trainer.evaluation.passages import best_and_worst
 from distill_trainer.evaluation.routing import RoutingRecord, true_token_answers
+from distill_trainer.evaluation.samples import choose_prompts, write_on
 from distill_trainer.loading import load_causal_lm
 
 NAME = (str, Path)
@@ -106,10 +110,13 @@ def evaluate_models(
     words_per_byte = sum(len(text.split()) for text in texts) / data["eval_bytes"]
     dtype = torch.promote_types(floating_dtype(student), floating_dtype(teacher))
     figures: dict[str, dict | None] = {"student_before": dict.fromkeys(MODEL_KEYS), "baseline": None}
+    samples = choose_prompts(texts)
     for role, model in {"teacher": teacher, **students}.items():
         side = "teacher" if role == "teacher" else "student"
         with _on(model, teacher.device if role == "teacher" else student.device):
             speed = measure_speed(model, max(batches, key=_scored_bytes), side, dtype=dtype)
+            written = write_on(model, teacher_tokenizer if role == "teacher" else student_tokenizer, samples)
+        samples = [sample | {role: text} for sample, text in zip(samples, written, strict=True)]
         name = (names or {}).get(role) or getattr(model.config, "_name_or_path", "") or type(model).__name__
         likelihoods = _likelihoods(joint["scores"][role], words_per_byte)
         figures[role] = {"name": name, **model_size(model), **likelihoods, **speed}
@@ -122,10 +129,13 @@ def evaluate_models(
         **{role: figures[role] for role in ("teacher", "student_before", "student", "baseline")},
         "student_aware_teacher": joint["student_aware_teacher"],
         "compression": _compression(figures, student, teacher),
-        "retention": _retention(joint["retention"]["student"], figures),
+        "retention": _retention(joint["retention"]["student"], figures)
+        | retention_breakdown(joint["retention"], batches),
         "attention": {"similarity": similarity},
         "router": joint["router"],
         "gap": {"deciles": _gap_deciles(joint["retention"])},
+        "passages": best_and_worst(joint["token_nats"], batches, student_tokenizer),
+        "samples": samples,
         "data": data | {key: value for key, value in (statistics or {}).items() if value is not None},
         "environment": environment,
     }
@@ -170,9 +180,11 @@ def _joint_pass(
     retention: dict[str, list[Tensor]] = {role: [] for role in students}
     routing = RoutingRecord(teacher_tokenizer, batches)
     scores = {role: {"nll": 0.0, "bytes": 0, "tokens": 0} for role in (*students, "teacher", "aware")}
+    by_token: dict[str, list[Tensor]] = {role: [] for role in scores}
 
     def add(role: str, logits: Tensor, batch: dict[str, Tensor], side: str) -> None:
-        for key, value in score_logits(logits, batch, side).items():
+        by_token[role].append(token_nats(logits, batch, side))
+        for key, value in total_score(by_token[role][-1], batch, side).items():
             scores[role][key] += value
 
     with ExitStack() as stack:
@@ -204,6 +216,7 @@ def _joint_pass(
     aware = scores.pop("aware")
     return {
         "scores": scores,
+        "token_nats": {role: by_token[role] for role in scores},
         "retention": {role: torch.cat(values) for role, values in retention.items()},
         "student_aware_teacher": {"bits_per_byte": _bits_per_byte(aware) if aware["bytes"] else None},
         "router": routing.figures(),
