@@ -56,6 +56,13 @@ def bits(report: dict[str, Any], role: str) -> float | None:
     return (report.get(role) or {}).get("bits_per_byte")
 
 
+def command_line(report: dict[str, Any]) -> str:
+    """The command that made the report, as it can be run again; empty where it is not known."""
+    command = (report.get("environment") or {}).get("command") or ""
+    words = command.split(maxsplit=1)
+    return f"python {command}" if words and words[0].endswith(".py") else command
+
+
 def outcome(report: dict[str, Any]) -> str:
     """`paid`, `lost` or `draw` of distillation against fine-tuning alone, `unknown` without a baseline."""
     student, baseline = bits(report, "student"), bits(report, "baseline")
