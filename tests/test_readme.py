@@ -222,7 +222,7 @@ def test_the_python_blocks_run_on_the_demos_models(monkeypatch, capsys, tmp_path
 
 def test_the_modules_that_are_started_exist_and_the_push_passes_its_arguments_on(monkeypatch, capsys):
     started = [words[2:] for words in commands() if words[:2] == ["python", "-m"]]
-    assert {words[0] for words in started} == {"distill_trainer.hub", "distill_trainer.demo"}
+    assert {words[0] for words in started} == {"distill_trainer.hub", "distill_trainer.demo", "distill_trainer.report"}
     assert all(hasattr(importlib.import_module(words[0]), "main") for words in started)
     pushed = []
     monkeypatch.setattr(hub, "push_student", lambda *words, **options: pushed.append((words, options)) or "the URL")

@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_left
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from torch import Tensor
@@ -77,13 +77,15 @@ def _anchors(batch: dict[str, Tensor], side: str, row: int) -> list[int]:
 
 
 def _cuts(ids: list[int], anchors: list[int], vocabulary: _Bytes) -> Iterator[tuple[int, int]]:
-    """First and last anchor of each passage of a window: equal parts, cut at the anchor behind each even cut."""
+    """First and last anchor of each passage of a window: about equal parts, cut before a blank where there is one."""
+    spans = [vocabulary.text(ids[before + 1 : anchor + 1]) for before, anchor in pairwise(anchors)]
     # Bytes from the first anchor to each one.
-    ends = [0]
-    for before, anchor in pairwise(anchors):
-        ends.append(ends[-1] + len(vocabulary.text(ids[before + 1 : anchor + 1])))
+    ends = list(accumulate(map(len, spans), initial=0))
+    places = [place for place, span in enumerate(spans) if span[:1].isspace()] or list(range(len(spans)))
     parts = max(ends[-1] // PASSAGE_BYTES, 1)
-    cuts = [bisect_left(ends, part * ends[-1] / parts) for part in range(parts + 1)]
+    wanted = (bisect_left(ends, part * ends[-1] / parts) for part in range(1, parts))
+    inner = (bisect_left(places, place) for place in wanted)
+    cuts = [0, *(places[index] for index in inner if index < len(places)), len(spans)]
     return ((first, last) for first, last in pairwise(cuts) if first < last)
 
 

@@ -7,9 +7,9 @@ from html import escape
 
 # Units of the drawing. A phone shows them at three quarters of their size, a wide page somewhat enlarged.
 WIDTH, TEXT = 400, 12
-TITLE_HEIGHT, TICK_HEIGHT, LEGEND_HEIGHT, SPACE = 20, 20, 19, 14
-# Widest letters on average, to leave room for text that is not measured here.
-LETTER = 0.58 * TEXT
+TITLE_HEIGHT, TICK_HEIGHT, LEGEND_HEIGHT, SPACE = 25, 20, 19, 14
+# Width of a letter in a wide font, to leave room for text that cannot be measured here.
+LETTER = 0.65 * TEXT
 Point = tuple[float, float | None]
 
 
@@ -78,7 +78,7 @@ def ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[f
 def log_ticks(low: float, high: float) -> list[float]:
     """Values of 1, 2 and 5 times a power of ten; powers alone where these would be many."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if len(powers) <= 3 else (1,)
+    factors = (1, 2, 5) if high < 1_000 * low else (1,)
     return [f * 10.0**power for power in powers for f in factors if low <= f * 10.0**power <= high]
 
 
@@ -124,7 +124,7 @@ def _panel(
     y_ticks = log_ticks(y_low, y_high) if panel.log else ticks(y_low, y_high, 4, whole=panel.whole)
     y_texts = [tick_text(value, y_ticks, percent=panel.percent) for value in y_ticks]
     inner = left + LETTER * max(map(len, y_texts), default=0) + 6
-    x_at, y_at = _scale(x_low, x_high, inner, left + width - 8), _scale(y_low, y_high, lower, upper, log=panel.log)
+    x_at, y_at = _scale(x_low, x_high, inner, left + width - 15), _scale(y_low, y_high, lower, upper, log=panel.log)
     parts = [title]
     for value, text in zip(y_ticks, y_texts, strict=True):
         y = y_at(value)
@@ -149,6 +149,8 @@ def _ranges(panel: Panel) -> tuple[tuple[float, float], tuple[float, float]]:
     """Ends of both axes: those of the points, with some air above and below."""
     points = [(x, y) for line in panel.lines for x, y in line.points if y is not None]
     x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
+    if panel.x_names:
+        x_low, x_high = 0.7, len(panel.x_names) + 0.3
     y_low, y_high = min(y for _, y in points), max(y for _, y in points)
     if panel.stacked:
         return (x_low, x_high), (0.0, 1.0)

@@ -84,12 +84,10 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _passages(passages: dict[str, Any]) -> str:
-    rows = [
-        (f"{kind}: {_prose(passage['text'])}", *(number(passage.get(role), 2) for role in TEXT_ROLES))
-        for kind in ("best", "worst")
-        for passage in passages.get(kind) or []
-    ]
-    return _table(("passage", *(ROLES[role] for role in TEXT_ROLES)), rows)
+    found = [(kind, passage) for kind in ("best", "worst") for passage in passages.get(kind) or []]
+    roles = [role for role in TEXT_ROLES if any(passage.get(role) is not None for _, passage in found)]
+    rows = [(f"{kind}: {_prose(p['text'])}", *(number(p.get(role), 2) for role in roles)) for kind, p in found]
+    return _table(("passage", *(ROLES[role] for role in roles)), rows)
 
 
 def _sample(sample: dict[str, Any]) -> str:

@@ -80,7 +80,8 @@ def _headline(report: dict[str, Any]) -> str:
         "<th scope=col>model</th><th scope=col>bits per byte</th><th scope=col class=wide>word perplexity</th>"
         "<th scope=col>parameters</th><th scope=col class=wide>size</th><th scope=col>text speed</th>"
     )
-    return f"<table class=headline><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    body = f"<table class=headline><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="scroll bare" tabindex=0>{body}</div>'
 
 
 def _tiles(report: dict[str, Any]) -> str:

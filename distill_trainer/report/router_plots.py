@@ -6,7 +6,7 @@ from typing import Any
 from distill_trainer.report.chart import Line, Panel
 from distill_trainer.report.series import COLORS, History, PlotKind, series
 from distill_trainer.report.style import EXPERT_COLORS
-from distill_trainer.report.wording import short
+from distill_trainer.report.wording import STUDENTS, short
 
 OVER_TRAINING = {
     "distill/changed_fraction": "other first expert",
@@ -82,11 +82,7 @@ def _breakdown(name: str, x_label: str) -> Callable[..., list[Panel]]:
     def panels(report: dict[str, Any], history: History, baseline_history: History) -> list[Panel]:
         groups = (report.get("retention") or {}).get(name) or []
         lines = []
-        for role, label, marker in (
-            ("student_before", "before", "square"),
-            ("baseline", "no teacher", "triangle"),
-            ("student", "distilled", "dot"),
-        ):
+        for (role, label), marker in zip(STUDENTS.items(), ("square", "triangle", "dot"), strict=True):
             values = [(n, found["kl_divergence"].get(role)) for n, found in enumerate(groups, 1)]
             if any(value is not None for _, value in values):
                 lines.append(Line(label, values, COLORS[role], marker))

@@ -61,9 +61,9 @@ margin:24px 0}
 .tiles li,.card,figure,.scroll{background:var(--card);border-radius:8px;padding:16px 20px}
 .tiles li{color:var(--muted);font-size:14px}
 .tiles b{display:block;color:var(--text);font-size:28px;line-height:1.3;letter-spacing:-.02em}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:16px;align-items:start;
-margin-bottom:16px}
-figure{margin:0}
+.grid{columns:440px 2;column-gap:16px}
+.grid>*{break-inside:avoid;margin:0 0 16px}
+.grid+.card{margin-top:16px}
 dl{margin:0}
 dl div{display:flex;justify-content:space-between;gap:16px;padding:7px 0;border-bottom:1px solid var(--line);
 font-size:15px}
@@ -78,6 +78,7 @@ dd{margin:0;text-align:right;overflow-wrap:anywhere;font-variant-numeric:tabular
 .bar{display:block;height:8px;min-width:2px;border-radius:0 4px 4px 0;background:var(--student)}
 .bar.teacher{background:var(--teacher);margin-top:2px;height:5px}
 .scroll{overflow-x:auto;padding:4px 8px}
+.scroll.bare{padding:0}
 .models td:nth-child(2){text-align:left;overflow-wrap:anywhere;min-width:12ch}
 .models th:nth-child(2){text-align:left}
 .small{padding:0}
@@ -108,20 +109,21 @@ color:var(--text)}
 .g4{background:color-mix(in srgb,var(--aware) 54%,var(--card))}
 .grid>div>.card{margin-bottom:16px}
 .quote{margin:0 0 12px;line-height:1.6;white-space:pre-wrap;overflow-wrap:anywhere}
-.row{display:grid;grid-template-columns:repeat(auto-fit,minmax(110px,1fr));gap:4px 16px;
+.row{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,88px),1fr));gap:4px 16px;
 border-top:1px solid var(--line);padding-top:10px}
 .row div{display:block;border:0;padding:0}
 .row dt,.written h4{position:relative;padding-left:15px;max-width:none;color:var(--muted);font-size:13px;
 font-weight:400}
 .row dd{text-align:left;padding-left:15px;font-size:15px}
 .row .dot,.written .dot{left:0;width:8px;height:8px;margin-top:-4px}
-section+section.card{margin-top:16px}
+main>section+section.card{margin-top:16px}
 .written{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,280px),1fr));gap:14px 28px;
 border-top:1px solid var(--line);padding-top:12px}
 .written p{margin:4px 0 0;padding-left:15px;font-size:15px;line-height:1.5;white-space:pre-wrap;overflow-wrap:anywhere}
 pre{background:var(--card);border-radius:8px;padding:16px 20px;margin:0;white-space:pre-wrap;overflow-wrap:anywhere;
 font:14px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-@media(max-width:640px){main{padding:24px 14px 48px}.wide{display:none}th,td{padding:9px 6px;font-size:14px}
+@media(max-width:640px){.row{grid-template-columns:1fr 1fr}
+main{padding:24px 14px 48px}.wide{display:none}th,td{padding:9px 6px;font-size:14px}
 .headline tbody th{white-space:normal;line-height:1.3}.headline td{line-height:1.3}
 .headline tbody th{padding-left:20px}.dot{left:6px;width:8px;height:8px;margin-top:-4px}.verdict{font-size:16px}
 .verdict,.tiles li,.card,figure,pre{padding:14px}.tiles{grid-template-columns:1fr 1fr;gap:10px}

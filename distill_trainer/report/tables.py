@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from distill_trainer.report.wording import ROLES, bits, model_rows, number, percent, perplexity, short
+from distill_trainer.report.wording import ROLES, STUDENTS, bits, model_rows, number, percent, perplexity, short
 
 RELIABILITY_HEADER = ("estimated capacity", "true token", "top-1 right", "anchors")
 RELIABILITY_NOTE = (
@@ -147,8 +147,7 @@ BREAKDOWN_NOTE = (
 def breakdown_table(report: dict[str, Any], name: str) -> list[tuple[str, ...]]:
     """Gap and agreement of the students in the groups `name`, under a row of headings; empty without groups."""
     groups = (report.get("retention") or {}).get(name) or []
-    students = {"student_before": "before", "baseline": "no teacher", "student": "distilled"}
-    shown = [r for r in students if any(found["kl_divergence"].get(r) is not None for found in groups)]
+    shown = [r for r in STUDENTS if any(found["kl_divergence"].get(r) is not None for found in groups)]
     rows = [
         (
             _range(found["from"], found["to"]),
@@ -158,7 +157,7 @@ def breakdown_table(report: dict[str, Any], name: str) -> list[tuple[str, ...]]:
         )
         for found in groups
     ]
-    header = (BREAKDOWNS[name][1], *(students[role] for role in shown), "same first", "anchors")
+    header = (BREAKDOWNS[name][1], *(STUDENTS[role] for role in shown), "same first", "anchors")
     return [header, *rows] if groups else []
 
 

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from distill_trainer.report.elements import note, printable
-from distill_trainer.report.wording import ROLES, number
+from distill_trainer.report.wording import ROLES, STUDENTS, number
 
 TEXT_ROLES = ("student_before", "baseline", "student", "teacher")
 SAMPLES_NOTE = (
@@ -40,7 +40,7 @@ def passages_panel(report: dict[str, Any]) -> str:
 
 def _passage(passage: dict[str, Any]) -> str:
     figures = "".join(
-        f"<div><dt>{_name(role)}</dt><dd>{number(passage[role], 2)}</dd></div>"
+        f"<div><dt>{_dot(role)}{STUDENTS.get(role, role)}</dt><dd>{number(passage[role], 2)}</dd></div>"
         for role in TEXT_ROLES
         if passage.get(role) is not None
     )
@@ -56,7 +56,9 @@ def samples_panel(report: dict[str, Any]) -> str:
 
 
 def _sample(sample: dict[str, Any]) -> str:
-    cells = "".join(_written(_name(role), sample[role]) for role in TEXT_ROLES if sample.get(role) is not None)
+    cells = "".join(
+        _written(_dot(role) + ROLES[role], sample[role]) for role in TEXT_ROLES if sample.get(role) is not None
+    )
     cells += _written("the text itself", sample.get("continuation") or "")
     prompt = escape(printable(sample["prompt"]))
     return f"<section class=card><p class=quote dir=auto>{prompt} …</p><div class=written>{cells}</div></section>"
@@ -66,9 +68,9 @@ def _written(name: str, text: str) -> str:
     return f"<div><h4>{name}</h4><p dir=auto>{escape(printable(text.strip())) or '(nothing)'}</p></div>"
 
 
-def _name(role: str) -> str:
-    """A role's name behind its dot."""
-    return f'<i class="dot {role}"></i>{ROLES[role]}'
+def _dot(role: str) -> str:
+    """The mark of a role in its colour."""
+    return f'<i class="dot {role}"></i>'
 
 
 def sample_lines(sample: dict[str, Any]) -> Sequence[tuple[str, str]]:

@@ -9,6 +9,8 @@ ROLES = {
     "teacher": "teacher",
     "student_aware_teacher": "teacher, student-aware",
 }
+# The students' names where there is little room.
+STUDENTS = {"student_before": "before", "baseline": "no teacher", "student": "distilled"}
 # Differences below this share of the bits per byte are called a draw.
 DRAW = 0.001
 
