@@ -18,7 +18,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from distill_trainer.ablation_file import CONFIG, Ablation, check_settings, made_with, run_folder, settings_of
-from distill_trainer.arguments import DistillationArguments, parse_arguments
+from distill_trainer.arguments import DistillationArguments
 from distill_trainer.assembly import load_texts
 from distill_trainer.data import DistillationCollator, prepare_dataset
 from distill_trainer.errors import ConfigurationError, DistillationError
@@ -26,6 +26,7 @@ from distill_trainer.evaluation.agreement import replace_at_anchors
 from distill_trainer.evaluation.measure import evaluating, forward_logits, score_logits
 from distill_trainer.evaluation.metrics.bits_per_byte.bits_per_byte import bits_per_byte
 from distill_trainer.loading import load_causal_lm, load_tokenizer
+from distill_trainer.parsing import parse_arguments
 from distill_trainer.trainer import DistillationTrainer
 
 logger = logging.get_logger(__name__)

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from distill_trainer.arguments import parse_arguments
 from distill_trainer.errors import ConfigurationError
+from distill_trainer.parsing import parse_arguments
 
 CONFIG = "config.yaml"
 # What an ablation sets for every run: it trains, and is scored here.

@@ -1,20 +1,15 @@
 """Settings of a run: three dataclasses that check their values, parsed from one file and command-line flags."""
 
 import copy
-import os
 import re
-from argparse import SUPPRESS
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import TrainingArguments
-from transformers.hf_argparser import string_to_bool
 
 from distill_trainer.balance import METHODS
 from distill_trainer.errors import ConfigurationError
 from distill_trainer.evaluation_arguments import EvaluationArguments
-from distill_trainer.input_arguments import DataArguments, ModelArguments
-from distill_trainer.parsing import SettingsParser
 from distill_trainer.router import ROUTER_PARTS
 from distill_trainer.schedules import DATA_CURRICULA, LOSS_NAMES
 from distill_trainer.validation import check_choice, check_number, check_writable
@@ -223,6 +218,12 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
     label_names: list[str] | None = field(
         default_factory=lambda: ["labels"], metadata={"help": "Columns of a batch that hold labels."}
     )
+    metric_for_best_model: str | None = field(
+        default="eval_bits_per_byte", metadata={"help": "What load_best_model_at_end and early stopping compare."}
+    )
+    greater_is_better: bool | None = field(
+        default=False, metadata={"help": "Whether a higher metric_for_best_model is better. Fewer bits are."}
+    )
     report_to: str | list[str] = field(
         default_factory=lambda: "none",
         metadata={"help": "Where metrics go: none, all, or names as wandb tensorboard."},
@@ -252,7 +253,7 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
         if self.data_curriculum != "none" and self.train_sampling_strategy != "random":
             strategy = self.train_sampling_strategy
             raise ConfigurationError(f"train_sampling_strategy must be random with data_curriculum, got {strategy}.")
-        self.check_evaluation(max_length=self.max_length)
+        self.check_evaluation(max_length=self.max_length, eval_strategy=str(self.eval_strategy.value))
         if self.remove_unused_columns:
             raise ConfigurationError(
                 "remove_unused_columns must be false, got true. The teacher's columns are needed."
@@ -361,41 +362,3 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
             pairs = self.layer_map if isinstance(self.layer_map, list) else []
             if not pairs or not all(re.fullmatch(r"\d+:\d+", pair) for pair in pairs):
                 raise ConfigurationError(f"layer_map must be uniform or pairs as 2:5 3:8, got {self.layer_map}.")
-
-
-def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, DistillationArguments]:
-    """The settings of one run; flags win over the file, the file over the defaults.
-
-    Args:
-        argv: `[CONFIG.yaml | CONFIG.json] [--field value ...]`. `--config FILE` may name the file as well, and flags
-            may be written with `-` or `_`. None takes the command line of this process.
-
-    Raises:
-        ConfigurationError: If the file cannot be read, or a name or a value cannot be used; in one line.
-    """
-    parser = SettingsParser([ModelArguments, DataArguments, DistillationArguments])
-    parser.add_argument(
-        "--use_wandb",
-        dest="report_to",
-        nargs="?",
-        const="true",
-        default=SUPPRESS,
-        type=lambda value: "wandb" if string_to_bool(value) else "none",
-        help="Short for --report_to wandb.",
-    )
-    model, text, training = parser.parse_settings(argv)
-    if training.data_curriculum != "none" and (text.streaming or text.use_dynamic_batching):
-        raise ConfigurationError(
-            f"data_curriculum must be none with {'streaming' if text.streaming else 'use_dynamic_batching'}, "
-            f"got {training.data_curriculum}. It needs all windows beforehand, and their order for itself."
-        )
-    if text.use_dynamic_batching:
-        if training.train_sampling_strategy not in ("random", "group_by_length"):
-            raise ConfigurationError(
-                "train_sampling_strategy must be group_by_length with use_dynamic_batching, "
-                f"got {training.train_sampling_strategy}."
-            )
-        training.train_sampling_strategy = "group_by_length"
-    if training.project != "huggingface":
-        os.environ["WANDB_PROJECT"] = training.project  # the only place where the Trainer's wandb callback looks
-    return model, text, training

@@ -14,6 +14,13 @@ class EvaluationArguments:
         default=False, metadata={"help": "Also train a copy of the student without a teacher, for the report."}
     )
     skip_eval: bool = field(default=False, metadata={"help": "Only train: no final evaluation and no report."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after this many evaluations in a row without a better one, 1 or above. None: never."},
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "Bits per byte by which an evaluation must be better to count, 0 or above."}
+    )
     eval_stride: int | None = field(
         default=None,
         metadata={"help": "Student tokens that a window of the report scores, 1 to max_length. None: half of it."},
@@ -29,12 +36,18 @@ class EvaluationArguments:
         default=None, metadata={"help": "Examples of each task, the first ones, 1 or above. None: all."}
     )
 
-    def check_evaluation(self, *, max_length: int) -> None:
+    def check_evaluation(self, *, max_length: int, eval_strategy: str) -> None:
         """Raise a `ConfigurationError` unless the settings can be used.
 
         Args:
             max_length: Student tokens in a window.
+            eval_strategy: When training stops for an evaluation: no, steps or epoch.
         """
+        check_number("early_stopping_threshold", self.early_stopping_threshold, least=0)
+        if self.early_stopping_patience is not None:
+            check_number("early_stopping_patience", self.early_stopping_patience, least=1, whole=True)
+            if eval_strategy == "no":
+                raise ConfigurationError("eval_strategy must be steps or epoch with early_stopping_patience, got no.")
         if self.eval_stride is not None:
             check_number("eval_stride", self.eval_stride, least=1, whole=True)
             if self.eval_stride > max_length:

@@ -2,17 +2,21 @@
 
 import difflib
 import json
+import os
 import re
 import sys
-from argparse import Namespace
+from argparse import SUPPRESS, Namespace
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
+from distill_trainer.arguments import DistillationArguments
 from distill_trainer.errors import ConfigurationError
+from distill_trainer.input_arguments import DataArguments, ModelArguments
 
 
 class SettingsParser(HfArgumentParser):
@@ -136,6 +140,44 @@ class SettingsParser(HfArgumentParser):
         if not isinstance(settings, dict) or not settings:
             self.error("the config file must hold `field: value` pairs.")
         return settings if path.suffix == ".json" else {name: _yaml_value(value) for name, value in settings.items()}
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, DistillationArguments]:
+    """The settings of one run; flags win over the file, the file over the defaults.
+
+    Args:
+        argv: `[CONFIG.yaml | CONFIG.json] [--field value ...]`. `--config FILE` may name the file as well, and flags
+            may be written with `-` or `_`. None takes the command line of this process.
+
+    Raises:
+        ConfigurationError: If the file cannot be read, or a name or a value cannot be used; in one line.
+    """
+    parser = SettingsParser([ModelArguments, DataArguments, DistillationArguments])
+    parser.add_argument(
+        "--use_wandb",
+        dest="report_to",
+        nargs="?",
+        const="true",
+        default=SUPPRESS,
+        type=lambda value: "wandb" if string_to_bool(value) else "none",
+        help="Short for --report_to wandb.",
+    )
+    model, text, training = parser.parse_settings(argv)
+    if training.data_curriculum != "none" and (text.streaming or text.use_dynamic_batching):
+        raise ConfigurationError(
+            f"data_curriculum must be none with {'streaming' if text.streaming else 'use_dynamic_batching'}, "
+            f"got {training.data_curriculum}. It needs all windows beforehand, and their order for itself."
+        )
+    if text.use_dynamic_batching:
+        if training.train_sampling_strategy not in ("random", "group_by_length"):
+            raise ConfigurationError(
+                "train_sampling_strategy must be group_by_length with use_dynamic_batching, "
+                f"got {training.train_sampling_strategy}."
+            )
+        training.train_sampling_strategy = "group_by_length"
+    if training.project != "huggingface":
+        os.environ["WANDB_PROJECT"] = training.project  # the only place where the Trainer's wandb callback looks
+    return model, text, training
 
 
 def _yaml_value(value: Any) -> Any:

@@ -16,6 +16,7 @@ from distill_trainer.callbacks import training_schedules
 from distill_trainer.checkpoint import load_modules, save_modules
 from distill_trainer.curriculum import TEACHER_LOSS, CurriculumSampler, check_curriculum, with_teacher_losses
 from distill_trainer.data import DistillationCollator, prepare_dataset
+from distill_trainer.early_stopping import ResumableEarlyStoppingCallback
 from distill_trainer.errors import ConfigurationError
 from distill_trainer.hub import push_student
 from distill_trainer.loading import resolve
@@ -145,10 +146,13 @@ class DistillationTrainer(Trainer):
             router_interval=args.router_interval,
             router_until=args.router_until,
         )
-        model = self.distillation_model
-        steps = StepCallback(self.record, model.gap, model.balance, max_nonfinite_steps=args.max_nonfinite_steps)
+        running = self.distillation_model.gap, self.distillation_model.balance
+        steps = StepCallback(self.record, *running, max_nonfinite_steps=args.max_nonfinite_steps)
         for callback in (*schedules, steps):
             self.add_callback(callback)
+        if args.early_stopping_patience is not None:
+            patience = args.early_stopping_patience, args.early_stopping_threshold
+            self.add_callback(ResumableEarlyStoppingCallback(*patience))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """`optim` with one learning rate for the student and one for the rest, and no decay on norms and biases."""

@@ -5,8 +5,10 @@ import re
 
 import pytest
 
-from distill_trainer.arguments import DataArguments, DistillationArguments, ModelArguments, parse_arguments
+from distill_trainer.arguments import DistillationArguments
 from distill_trainer.errors import ConfigurationError
+from distill_trainer.input_arguments import DataArguments, ModelArguments
+from distill_trainer.parsing import parse_arguments
 
 KINDS = (ModelArguments, DataArguments, DistillationArguments)
 

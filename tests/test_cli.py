@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 NUM_DOCUMENTS = 8
 REPORT_KEYS = {
     *("schema", "teacher", "student_before", "student", "student_aware_teacher", "baseline", "compression"),
-    *("retention", "attention", "router", "gap", "benchmarks", "data", "environment"),
+    *("retention", "attention", "router", "gap", "benchmarks", "passages", "samples", "data", "environment"),
 }
 TINY_RUN = {
     "teacher_model_name_or_path": ASSETS / "teacher",

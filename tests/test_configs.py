@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from distill_trainer.ablation_file import check_settings, read_ablation, settings_of
-from distill_trainer.arguments import parse_arguments
+from distill_trainer.parsing import parse_arguments
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(path.name for path in CONFIGS.iterdir() if path.name != "ablation.yaml")

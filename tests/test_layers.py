@@ -17,7 +17,7 @@ LAYERS = [
         *("anchors", "teacher", "aligned", "logit_loss", "logit_pass", "routing", "negatives", "modeling"),
         *("data", "curriculum", "documents", "loading", "scoring"),
     },
-    {"assembly", "callbacks", "checkpoint", "hub", "step_record", "trainer", "teacher_cache"},
+    {"assembly", "callbacks", "checkpoint", "early_stopping", "hub", "step_record", "trainer", "teacher_cache"},
     {"ablation", "ablation_file", "evaluation", "report", "export", "demo"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -31,7 +31,7 @@ CAPS = {
     "modeling": 320,
     "data": 350,
     "callbacks": 200,
-    "trainer": 350,
+    "trainer": 360,
     "report": 250,
     "export": 250,
     "hub": 250,

@@ -16,11 +16,12 @@ import run_distillation
 from distill_trainer import hub, losses
 from distill_trainer.ablation_file import read_ablation
 from distill_trainer.alignment import anchor_pairs
-from distill_trainer.arguments import DataArguments, DistillationArguments, ModelArguments, parse_arguments
+from distill_trainer.arguments import DistillationArguments
 from distill_trainer.demo import ASSETS
 from distill_trainer.documents import load_sotu
 from distill_trainer.evaluation_arguments import EvaluationArguments
-from distill_trainer.parsing import SettingsParser
+from distill_trainer.input_arguments import DataArguments, ModelArguments
+from distill_trainer.parsing import SettingsParser, parse_arguments
 from distill_trainer.schedules import LOSS_NAMES
 
 ROOT = Path(__file__).parents[1]
@@ -226,7 +227,7 @@ def test_the_python_blocks_run_on_the_demos_models(monkeypatch, capsys, tmp_path
 
 def test_the_modules_that_are_started_exist_and_the_push_passes_its_arguments_on(monkeypatch, capsys):
     started = [words[2:] for words in commands() if words[:2] == ["python", "-m"]]
-    assert {words[0] for words in started} == {"distill_trainer.hub", "distill_trainer.demo"}
+    assert {words[0] for words in started} == {"distill_trainer.hub", "distill_trainer.demo", "distill_trainer.report"}
     assert all(hasattr(importlib.import_module(words[0]), "main") for words in started)
     pushed = []
     monkeypatch.setattr(hub, "push_student", lambda *words, **options: pushed.append((words, options)) or "the URL")

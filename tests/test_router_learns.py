@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from distill_trainer.arguments import parse_arguments
 from distill_trainer.assembly import load_texts
 from distill_trainer.data import DistillationCollator, prepare_dataset
 from distill_trainer.loading import load_causal_lm, load_tokenizer
+from distill_trainer.parsing import parse_arguments
 from distill_trainer.trainer import DistillationTrainer
 
 ROOT = Path(__file__).parents[1]

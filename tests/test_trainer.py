@@ -460,8 +460,6 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
         eval_strategy="steps",
         eval_steps=1,
         load_best_model_at_end=True,
-        metric_for_best_model="bits_per_byte",
-        greater_is_better=False,
     )
     trainer.train()
     curve = logged(trainer, "eval_bits_per_byte")
@@ -469,27 +467,54 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
     assert trainer.evaluate()["eval_bits_per_byte"] == pytest.approx(min(curve), rel=1e-6)
 
 
-def test_tensorboard_gets_our_metrics(tmp_path, monkeypatch):
+def logged_names(trainer):
+    """What the Trainer's integrations call everything that was logged during the run."""
+    logs = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+    names = {name for entry in logs for name in entry if name not in ("step", "epoch")}
+    assert {"loss", "distill/loss_kl", "distill/gap", "distill/expert_load_0", "eval_bits_per_byte"} <= names
+    return {f"eval/{n.removeprefix('eval_')}" if n.startswith("eval_") else f"train/{n}" for n in names}
+
+
+WATCHED = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+
+
+def test_tensorboard_gets_all_our_curves(tmp_path, monkeypatch):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
-    tiny_trainer(tmp_path, max_steps=2, report_to="tensorboard").train()
+    trainer = tiny_trainer(tmp_path, report_to="tensorboard", **WATCHED)
+    trainer.train()
     events = event_accumulator.EventAccumulator(str(tmp_path / "events")).Reload()
-    tags = set(events.Tags()["scalars"])
-    assert {"train/distill/loss_kl", "train/distill/gap", "train/distill/top_k", "train/loss"} <= tags
-    assert [event.step for event in events.Scalars("train/distill/loss_kl")] == [1, 2]
+    assert logged_names(trainer) <= set(events.Tags()["scalars"])
+    for tag, name in (("train/distill/loss_kl", "distill/loss_kl"), ("eval/bits_per_byte", "eval_bits_per_byte")):
+        scalars = events.Scalars(tag)
+        assert [event.step for event in scalars] == [1, 2]
+        assert [event.value for event in scalars] == pytest.approx(logged(trainer, name), rel=1e-6)
 
 
-def test_wandb_gets_our_metrics_offline(tmp_path, monkeypatch):
+def test_wandb_gets_all_our_curves_offline(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    trainer = tiny_trainer(tmp_path, max_steps=2, report_to="wandb")
+    trainer = tiny_trainer(tmp_path, report_to="wandb", **WATCHED)
     try:
         trainer.train()
         summary = dict(wandb.run.summary)
     finally:
         wandb.finish()
     assert summary["train/global_step"] == 2
+    assert logged_names(trainer) <= set(summary)
     for name in ("loss_kl", "router_ce", "top_k"):
         assert summary[f"train/distill/{name}"] == logged(trainer, f"distill/{name}")[-1]
+    assert summary["eval/bits_per_byte"] == logged(trainer, "eval_bits_per_byte")[-1]
     assert list(tmp_path.rglob("*.wandb"))
+
+
+def test_trackio_gets_all_our_curves(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
+    trainer = tiny_trainer(tmp_path, report_to="trackio", project="curves", run_name="tiny", **WATCHED)
+    trainer.train()
+    stored = storage.get_logs("curves", "tiny")
+    assert logged_names(trainer) <= {name for metrics in stored for name in metrics}
+    curve = [metrics["eval/bits_per_byte"] for metrics in stored if "eval/bits_per_byte" in metrics]
+    assert curve == pytest.approx(logged(trainer, "eval_bits_per_byte"), rel=1e-6)

@@ -14,21 +14,25 @@ from distill_trainer.aligned import RoutedBatch
 from distill_trainer.alignment import VocabularyProjection
 from distill_trainer.evaluation.agreement import (
     attention_similarity,
-    gap_deciles,
     replace_at_anchors,
     retention_values,
 )
 from distill_trainer.evaluation.benchmarks import Benchmarks
+from distill_trainer.evaluation.breakdown import retention_breakdown
 from distill_trainer.evaluation.environment import describe_environment
+from distill_trainer.evaluation.figures import bits_of, compression_of, deciles_of, likelihoods_of, retention_of
 from distill_trainer.evaluation.measure import (
     evaluating,
     floating_dtype,
     forward_logits,
     model_folder,
     model_size,
-    score_logits,
+    token_nats,
+    total_score,
 )
+from distill_trainer.evaluation.passages import best_and_worst
 from distill_trainer.evaluation.routing import RoutingRecord, true_token_answers
+from distill_trainer.evaluation.samples import choose_prompts, write_on
 from distill_trainer.evaluation.speed import measure_speed, prompt_ids
 from distill_trainer.evaluation.windows import checked_stride, evaluation_batches
 from distill_trainer.loading import load_causal_lm
@@ -103,8 +107,8 @@ def evaluate_models(
     stride = checked_stride(stride, max_length)
     devices = [model.device for model in (student, teacher) if not isinstance(model, NAME)]
     device = devices[0] if devices else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    folders = {"student": student, "teacher": teacher, "student_before": student_before, "baseline": baseline}
-    folders = {role: _weights_folder(role, model) for role, model in folders.items()}
+    given = {"student": student, "teacher": teacher, "student_before": student_before, "baseline": baseline}
+    folders = {role: _weights_folder(role, model) for role, model in given.items()}
     student, teacher = _loaded(student, device), _loaded(teacher, device)
     batches, data = evaluation_batches(
         texts, student_tokenizer, teacher_tokenizer, max_length=max_length, stride=stride, batch_size=batch_size
@@ -123,13 +127,16 @@ def evaluate_models(
     dtype = torch.promote_types(floating_dtype(student), floating_dtype(teacher))
     largest = max(batches, key=lambda batch: int(batch["window_bytes"].sum()))
     figures: dict[str, dict | None] = {"student_before": dict.fromkeys(MODEL_KEYS), "baseline": None}
+    samples = choose_prompts(texts)
     for role, model in {"teacher": teacher, **students}.items():
         side, scored = "teacher" if role == "teacher" else "student", joint["scores"][role]
         rate = scored["bytes"] / scored["tokens"]
         with _on(model, teacher.device if role == "teacher" else student.device):
             speed = measure_speed(model, largest, prompts[side], side, bytes_per_token=rate, dtype=dtype)
+            written = write_on(model, teacher_tokenizer if role == "teacher" else student_tokenizer, samples)
+        samples = [sample | {role: text} for sample, text in zip(samples, written, strict=True)]
         name = (names or {}).get(role) or getattr(model.config, "_name_or_path", "") or type(model).__name__
-        likelihoods = _likelihoods(scored, words_per_byte)
+        likelihoods = likelihoods_of(scored, words_per_byte)
         figures[role] = {"name": name, **model_size(model, folders[role]), **likelihoods, **speed}
     environment = describe_environment(student, teacher, dtype, command)
     similarity = attention_similarity(student, teacher, batches[:: -(-len(batches) // ATTENTION_BATCHES)])
@@ -140,12 +147,15 @@ def evaluate_models(
         "schema": 1,
         **{role: figures[role] for role in ("teacher", "student_before", "student", "baseline")},
         "student_aware_teacher": joint["student_aware_teacher"],
-        "compression": _compression(figures, student, teacher),
-        "retention": _retention(joint["retention"]["student"], figures),
+        "compression": compression_of(figures, student, teacher),
+        "retention": retention_of(joint["retention"]["student"], figures)
+        | retention_breakdown(joint["retention"], batches),
         "attention": {"similarity": similarity},
         "router": joint["router"],
-        "gap": {"deciles": _gap_deciles(joint["retention"])},
+        "gap": {"deciles": deciles_of(joint["retention"])},
         "benchmarks": scores,
+        "passages": best_and_worst(joint["token_nats"], batches, student_tokenizer),
+        "samples": samples,
         "data": {"train_documents": None, "train_bytes": None, **data}
         | {key: value for key, value in (statistics or {}).items() if value is not None},
         "environment": environment,
@@ -155,7 +165,10 @@ def evaluate_models(
 def _loaded(
     model: PreTrainedModel | str | Path, device: torch.device, dtype: torch.dtype | str = "auto"
 ) -> PreTrainedModel:
-    return load_causal_lm(str(model), dtype=dtype).to(device) if isinstance(model, NAME) else model
+    if isinstance(model, NAME):
+        return load_causal_lm(str(model), dtype=dtype).to(device)
+    # Under peft's wrapper stands the model itself, with the adapters in its layers.
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _weights_folder(role: str, model: PreTrainedModel | str | Path | None) -> Path | None:
@@ -197,9 +210,11 @@ def _joint_pass(
     retention: dict[str, list[Tensor]] = {role: [] for role in students}
     routing = RoutingRecord(teacher_tokenizer, batches)
     scores = {role: {"nll": 0.0, "bytes": 0, "tokens": 0} for role in (*students, "teacher", "aware")}
+    by_token: dict[str, list[Tensor]] = {role: [] for role in scores}
 
     def add(role: str, logits: Tensor, batch: dict[str, Tensor], side: str) -> None:
-        for key, value in score_logits(logits, batch, side).items():
+        by_token[role].append(token_nats(logits, batch, side))
+        for key, value in total_score(by_token[role][-1], batch, side).items():
             scores[role][key] += value
 
     with ExitStack() as stack:
@@ -231,8 +246,9 @@ def _joint_pass(
     aware = scores.pop("aware")
     return {
         "scores": scores,
+        "token_nats": {role: by_token[role] for role in scores},
         "retention": {role: torch.cat(values) for role, values in retention.items()},
-        "student_aware_teacher": {"bits_per_byte": _bits_per_byte(aware) if aware["bytes"] else None},
+        "student_aware_teacher": {"bits_per_byte": bits_of(aware) if aware["bytes"] else None},
         "router": routing.figures(),
     }
 
@@ -248,53 +264,3 @@ def _benchmark_scores(
         with _on(students[role], students["student"].device):
             results[role] = benchmarks.run(students[role], tokenizer, batch_size)
     return benchmarks.table(results)
-
-
-def _bits_per_byte(scores: dict[str, Any]) -> float:
-    from distill_trainer.evaluation.metrics.bits_per_byte.bits_per_byte import bits_per_byte
-
-    return bits_per_byte(scores["nll"], scores["bytes"])
-
-
-def _likelihoods(scores: dict[str, float], words_per_byte: float) -> dict[str, float | None]:
-    from distill_trainer.evaluation.metrics.perplexity.perplexity import perplexity
-
-    words = words_per_byte * scores["bytes"]
-    return {
-        "bits_per_byte": _bits_per_byte(scores),
-        # A text without any white space has one word; a text of nothing but blanks has none.
-        "word_perplexity": perplexity(scores["nll"], words) if words else None,
-        "token_perplexity": perplexity(scores["nll"], scores["tokens"]),
-    }
-
-
-def _compression(
-    figures: dict[str, dict | None], student: PreTrainedModel, teacher: PreTrainedModel
-) -> dict[str, float | None]:
-    from distill_trainer.evaluation.metrics.compression.compression import compression
-
-    ratios = compression(figures["student"], figures["teacher"])
-    quantized = any(getattr(model, "is_quantized", False) for model in (student, teacher))
-    if student.device.type != teacher.device.type or quantized:
-        # Other hardware or another arithmetic: the ratios would say nothing about the models.
-        ratios |= {"speedup": None, "generation_speedup": None}
-    return ratios
-
-
-def _retention(values: Tensor, figures: dict[str, dict | None]) -> dict[str, float | None]:
-    from distill_trainer.evaluation.metrics.knowledge_retention.knowledge_retention import gap_closed
-
-    divergence, agreement, overlap = values.mean(dim=0).tolist()
-    bits = {role: (model or {}).get("bits_per_byte") for role, model in figures.items()}
-    return {
-        "kl_divergence": divergence,
-        "top1_agreement": agreement,
-        "top5_overlap": overlap,
-        "gap_closed": gap_closed(bits["student_before"], bits["student"], bits["teacher"]),
-        "gap_closed_baseline": gap_closed(bits["student_before"], bits["baseline"], bits["teacher"]),
-    }
-
-
-def _gap_deciles(retention: dict[str, Tensor]) -> list[dict[str, float | int | None]] | None:
-    gaps = {role: values[:, 0] for role, values in retention.items()}
-    return gap_deciles(gaps.get("student_before"), gaps["student"], gaps.get("baseline"))

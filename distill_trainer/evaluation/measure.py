@@ -64,8 +64,8 @@ def scored_tokens(batch: dict[str, Tensor], side: str, device: torch.device) -> 
     return (indices > first) & (indices <= last) & attention_mask.bool()
 
 
-def score_logits(logits: Tensor, batch: dict[str, Tensor], side: str = "student") -> dict[str, float | int]:
-    """Negative log-likelihood of one batch's scored tokens under logits that are already at hand.
+def token_nats(logits: Tensor, batch: dict[str, Tensor], side: str = "student") -> Tensor:
+    """Negative log-likelihood of every scored token of one batch under logits that are already at hand.
 
     Args:
         logits: `(batch_size, sequence_length, vocab_size)`; position t predicts token t + 1, the shift is made here.
@@ -73,16 +73,27 @@ def score_logits(logits: Tensor, batch: dict[str, Tensor], side: str = "student"
         side: "student" or "teacher": whose tokens are scored.
 
     Returns:
-        `nll` in nats, `bytes` and `tokens`, summed over the batch.
+        `(batch_size, sequence_length)`, nats, float64 on the CPU, at the token's own position; 0 at other tokens.
     """
     labels = batch[SIDES[side][0]].to(logits.device)[:, 1:]
     counted = scored_tokens(batch, side, logits.device)[:, 1:]
-    nll = 0.0
+    nats = torch.zeros(logits.shape[:2], dtype=torch.float64)
     # Row by row: the float32 copy then never holds more than one sequence.
-    for row_logits, row_labels, row_counted in zip(logits[:, :-1], labels, counted, strict=True):
+    for row, (row_logits, row_labels, row_counted) in enumerate(zip(logits[:, :-1], labels, counted, strict=True)):
         losses = F.cross_entropy(row_logits[row_counted].float(), row_labels[row_counted], reduction="none")
-        nll += losses.cpu().double().sum().item()
-    return {"nll": nll, "bytes": int(batch["scored_bytes"].sum()), "tokens": int(counted.sum())}
+        nats[row, 1:][row_counted.cpu()] = losses.cpu().double()
+    return nats
+
+
+def total_score(nats: Tensor, batch: dict[str, Tensor], side: str = "student") -> dict[str, float | int]:
+    """`nll` in nats, `bytes` and `tokens` of one batch, summed, from its `token_nats`."""
+    tokens = int(scored_tokens(batch, side, nats.device).sum())
+    return {"nll": nats.sum().item(), "bytes": int(batch["scored_bytes"].sum()), "tokens": tokens}
+
+
+def score_logits(logits: Tensor, batch: dict[str, Tensor], side: str = "student") -> dict[str, float | int]:
+    """What `total_score` gives for the `token_nats` of these logits."""
+    return total_score(token_nats(logits, batch, side), batch, side)
 
 
 def active_parameters(model: PreTrainedModel) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from distill_trainer.report.markdown import markdown_page
 from distill_trainer.report.page import html_page
 from distill_trainer.report.plots import draw_plots
+from distill_trainer.report.style import standalone
 
 
 def write_report(
@@ -22,6 +23,8 @@ def write_report(
     phases: Sequence[float] | None = None,
 ) -> Path:
     """Path of `report.html`, written with `report.json`, `report.md` and the plots into `output_dir/report`.
+
+    The HTML file holds its plots; the files beside it are those of the Markdown page.
 
     Args:
         report: In the schema of `evaluate_models`.
@@ -35,8 +38,7 @@ def write_report(
     report = finite(report)
     plots = draw_plots(report, log_history, baseline_log_history or [], phases or [])
     for plot in plots:
-        for name, content in plot.files.items():
-            write_atomically(folder / name, content)
+        write_atomically(folder / f"{plot.name}.svg", standalone(plot.svg).encode())
     write_atomically(folder / "report.json", json.dumps(report, indent=2, allow_nan=False).encode())
     write_atomically(folder / "report.md", markdown_page(report, plots).encode())
     write_atomically(folder / "report.html", html_page(report, plots).encode())

@@ -3,16 +3,15 @@
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from distill_trainer.report.plots import Plot
+from distill_trainer.report.series import Plot
+
+# Not printable, but part of what people read: line breaks, joiners of emoji and of scripts, and the fixed blank.
+SHOWN = "\n\u200c\u200d\u00a0"
 
 
 def figure(plot: Plot, below: str = "") -> str:
-    """A plot under its title, light or dark like the page, and the HTML `below` it."""
-    name, alt = escape(plot.name), escape(plot.alt)
-    return (
-        f'<figure><figcaption>{escape(plot.title)}</figcaption><picture><source media="(prefers-color-scheme: dark)" '
-        f'srcset="{name}-dark.png"><img src="{name}.png" alt="{alt}"></picture>{below}</figure>'
-    )
+    """A plot under its title, and the HTML `below` it."""
+    return f"<figure><figcaption>{escape(plot.title)}</figcaption>{plot.svg}{below}</figure>"
 
 
 def facts(title: str, rows: Iterable[tuple[str, str]]) -> str:
@@ -40,6 +39,11 @@ def numbers(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def note(text: str) -> str:
     """A remark in a muted tone."""
     return f"<p class=note>{escape(text)}</p>"
+
+
+def printable(text: str) -> str:
+    """Text with a dot for what cannot be seen or would change the writing around it; line breaks stay."""
+    return "".join(sign if sign.isprintable() or sign in SHOWN else "·" for sign in text)
 
 
 def bar(share: float | None, kind: str) -> str:

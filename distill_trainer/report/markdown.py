@@ -1,23 +1,38 @@
 """The report as Markdown, for GitHub, the Hub and diffs."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from distill_trainer.report.plots import Plot
+from distill_trainer.report.elements import printable
+from distill_trainer.report.series import Plot
 from distill_trainer.report.tables import (
+    BREAKDOWNS,
     FOOTNOTE,
     RELIABILITY_HEADER,
     RELIABILITY_NOTE,
     TOKEN_HEADER,
     benchmark_note,
     benchmark_table,
+    breakdown_table,
     decile_note,
     decile_table,
     reliability_rows,
     sections,
     token_rows,
 )
-from distill_trainer.report.wording import ROLES, model_rows, number, parameters, perplexity, sentences, short, verdict
+from distill_trainer.report.texts import SAMPLES_NOTE, TEXT_ROLES, passages_note, sample_lines
+from distill_trainer.report.wording import (
+    ROLES,
+    command_line,
+    model_rows,
+    number,
+    parameters,
+    perplexity,
+    sentences,
+    short,
+    verdict,
+)
 
 
 def markdown_page(report: dict[str, Any], plots: Sequence[Plot]) -> str:
@@ -35,9 +50,15 @@ def markdown_page(report: dict[str, Any], plots: Sequence[Plot]) -> str:
         parts += ["## Reliability of the capacity", _table(RELIABILITY_HEADER, bins), RELIABILITY_NOTE]
     if benchmarks := benchmark_table(report):
         parts += ["## Benchmarks", _table(benchmarks[0], benchmarks[1:]), _text(benchmark_note(report))]
+    for name, (title, _) in BREAKDOWNS.items():
+        if groups := breakdown_table(report, name):
+            parts += [f"## Retention: {title[0].lower()}{title[1:]}", _table(groups[0], groups[1:])]
+    if explanation := passages_note(report):
+        parts += ["## Best and worst passages", explanation, _passages(report["passages"])]
+    if samples := report.get("samples"):
+        parts += ["## What the models write", SAMPLES_NOTE, *map(_sample, samples)]
     parts += ["## Token figures (not comparable between tokenizers)", _token_table(report), FOOTNOTE]
-    command = (report.get("environment") or {}).get("command")
-    if command:
+    if command := command_line(report):
         parts += ["## Command", f"    {' '.join(command.split())}"]
     return "\n\n".join(parts) + "\n"
 
@@ -67,9 +88,25 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _passages(passages: dict[str, Any]) -> str:
+    found = [(kind, passage) for kind in ("best", "worst") for passage in passages.get(kind) or []]
+    roles = [role for role in TEXT_ROLES if any(passage.get(role) is not None for _, passage in found)]
+    rows = [(f"{kind}: {_prose(p['text'])}", *(number(p.get(role), 2) for role in roles)) for kind, p in found]
+    return _table(("passage", *(ROLES[role] for role in roles)), rows)
+
+
+def _sample(sample: dict[str, Any]) -> str:
+    lines = [f"> {_text(_prose(sample['prompt']))} …", ""]
+    return "\n".join(lines + [f"- **{name}**: {_text(_prose(text))}" for name, text in sample_lines(sample)])
+
+
+def _prose(text: str) -> str:
+    """Text on one line, without what would become a heading, a list or emphasis."""
+    return re.sub(r"([\\`*_#\[\]~])", r"\\\1", printable(" ".join(text.split())))
+
+
 def _picture(plot: Plot) -> str:
-    dark = f'<source media="(prefers-color-scheme: dark)" srcset="{plot.name}-dark.png">'
-    return f'<picture>{dark}<img src="{plot.name}.png" alt="{plot.alt}" width="600"></picture>'
+    return f'<img src="{plot.name}.svg" alt="{plot.alt}" width="600">'
 
 
 def _text(value: str) -> str:

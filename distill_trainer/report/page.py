@@ -1,12 +1,12 @@
-"""The report as one HTML file that opens from disk: no scripts, no network, plots as files beside it."""
+"""The report as one HTML file that opens from disk: no scripts, no network, no other files."""
 
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from distill_trainer.report.elements import facts, figure, note, table
-from distill_trainer.report.plots import Plot
-from distill_trainer.report.router import gap_panel, router_panel
+from distill_trainer.report.router import gap_panel, retention_panel, router_panel
+from distill_trainer.report.series import Plot
 from distill_trainer.report.style import STYLE
 from distill_trainer.report.tables import (
     FOOTNOTE,
@@ -16,8 +16,10 @@ from distill_trainer.report.tables import (
     sections,
     token_rows,
 )
+from distill_trainer.report.texts import passages_panel, samples_panel
 from distill_trainer.report.wording import (
     ROLES,
+    command_line,
     model_rows,
     number,
     outcome,
@@ -33,7 +35,7 @@ from distill_trainer.report.wording import (
 def html_page(report: dict[str, Any], plots: Sequence[Plot]) -> str:
     """The whole report as one page, readable from 360 pixels, light and dark. All text is escaped."""
     student, teacher = (str((report.get(role) or {}).get("name") or role) for role in ("student", "teacher"))
-    command = (report.get("environment") or {}).get("command")
+    command = command_line(report)
     lists = {title: facts(title, rows) for title, rows in sections(report)}
     router = router_panel(report, plots, lists.pop("Router", ""))
     training = "".join(figure(plot) for plot in plots if plot.section == "training")
@@ -46,7 +48,10 @@ def html_page(report: dict[str, Any], plots: Sequence[Plot]) -> str:
         _tiles(report),
         f"<h2>Training</h2><div class=grid>{training}</div>" if training else "",
         gap_panel(report, plots),
+        retention_panel(report, plots),
         router,
+        passages_panel(report),
+        samples_panel(report),
         f"<h2>Figures</h2><div class=grid>{''.join(lists.values())}</div>" if lists else "",
         _benchmarks(report),
         "<h2>Models</h2>",
@@ -83,7 +88,8 @@ def _headline(report: dict[str, Any]) -> str:
         "<th scope=col>model</th><th scope=col>bits per byte</th><th scope=col class=wide>word perplexity</th>"
         "<th scope=col>parameters</th><th scope=col class=wide>size</th><th scope=col>text speed</th>"
     )
-    return f"<table class=headline><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    body = f"<table class=headline><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="scroll bare" tabindex=0>{body}</div>'
 
 
 def _benchmarks(report: dict[str, Any]) -> str:

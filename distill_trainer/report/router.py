@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from distill_trainer.report.elements import bar, figure, note, numbers, table
-from distill_trainer.report.plots import Plot
+from distill_trainer.report.elements import bar, figure, note, numbers, printable, table
+from distill_trainer.report.series import Plot
 from distill_trainer.report.style import EXPERT_COLORS
 from distill_trainer.report.tables import (
+    BREAKDOWN_NOTE,
+    BREAKDOWNS,
     RELIABILITY_HEADER,
     RELIABILITY_NOTE,
+    breakdown_table,
     decile_note,
     decile_table,
     reliability_rows,
@@ -23,8 +26,6 @@ GAP_STEPS = (0.0, 0.5, 1.0, 2.0, 4.0)
 # A share that is narrower than this has no room for its number.
 NARROW = 0.14
 SIGNS = {"\n": "↵", "\t": "⇥"}
-# Not printable, but part of what people read: in emoji and scripts whose letters join, and the fixed blank.
-JOINERS = "\u200c\u200d\u00a0"
 EXAMPLES_NOTE = (
     "From the middle of windows that lie evenly spaced over the held-out text; nothing but their length decided. Each "
     "piece of text ends where both models have read the same: the expert is the one chosen there for what comes next, "
@@ -54,6 +55,18 @@ def gap_panel(report: dict[str, Any], plots: Sequence[Plot]) -> str:
     drawn = "".join(figure(plot) for plot in plots if plot.section == "gap")
     shown = f"<h3>Mean gap, nats</h3>{table(header, rows, 'small')}{note(decile_note(report))}"
     return f"<h2>Where the gap closed</h2><div class=grid>{drawn}<section class=card>{shown}</section></div>"
+
+
+def retention_panel(report: dict[str, Any], plots: Sequence[Plot]) -> str:
+    """Retention by the frequency of the next token and by position; empty where it was not measured."""
+    drawn = {plot.name: plot for plot in plots if plot.section == "retention"}
+    cards = ""
+    for name, (title, _) in BREAKDOWNS.items():
+        if rows := breakdown_table(report, name):
+            shown = table(rows[0], rows[1:], "small")
+            plot = figure(drawn[name], shown) if name in drawn else ""
+            cards += plot or f"<section class=card><h3>{title}</h3>{shown}</section>"
+    return f"<h2>Retention</h2><div class=grid>{cards}</div>{note(BREAKDOWN_NOTE)}" if cards else ""
 
 
 def busiest(loads: Sequence[float], count: int) -> list[int]:
@@ -191,6 +204,6 @@ def _piece(token: dict[str, Any], kind: str, mark: str = "") -> str:
         lead, text = " " * text.startswith(" "), text.lstrip(" ")
     else:
         text = text.replace(" ", "␣")
-    shown = "".join(SIGNS.get(sign) or (sign if sign.isprintable() or sign in JOINERS else "·") for sign in text)
+    shown = printable("".join(SIGNS.get(sign, sign) for sign in text))
     title = f"expert {token['expert']}, gate {token['gate_expert']}, gap {number(token['gap'], 2)} nats"
     return f'{lead}<span class="{kind}" title="{title}">{escape(shown)}{mark}</span>'

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from distill_trainer.report.wording import ROLES, bits, model_rows, number, percent, perplexity, short
+from distill_trainer.report.wording import ROLES, STUDENTS, bits, model_rows, number, percent, perplexity, short
 
 RELIABILITY_HEADER = ("estimated capacity", "true token", "top-1 right", "anchors")
 RELIABILITY_NOTE = (
@@ -80,7 +80,8 @@ def _data_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
         "eval_max_length": "student tokens in a scored window",
         "eval_stride": "of these scored, the rest is context",
     }
-    rows = [(label, number(data.get(key))) for key, label in names.items()]
+    rows = [("datasets", ", ".join(map(str, data.get("datasets") or [])) or "-")]
+    rows += [(label, number(data.get(key))) for key, label in names.items()]
     rows.append(("student tokens that are anchors", percent(data.get("anchor_fraction"), 1)))
     dropped = data.get("dropped") or {}
     return rows + [(f"dropped: {reason.replace('_', ' ')}", number(count)) for reason, count in dropped.items()]
@@ -184,6 +185,38 @@ def decile_table(report: dict[str, Any]) -> list[tuple[str, ...]]:
         for decile, found in enumerate(deciles, 1)
     ]
     return [("decile", *shown.values(), "anchors"), *rows] if shown else []
+
+
+BREAKDOWNS = {
+    "by_frequency": ("By frequency of the next token", "occurrences"),
+    "by_position": ("By position in the window", "tokens read"),
+}
+BREAKDOWN_NOTE = (
+    "Mean KL(teacher || student) in nats at the anchors of each group, and how often both models put the same token "
+    "first. The frequency is that of the student's true next token in the scored text; the position counts the "
+    "student's tokens from the beginning of its window."
+)
+
+
+def breakdown_table(report: dict[str, Any], name: str) -> list[tuple[str, ...]]:
+    """Gap and agreement of the students in the groups `name`, under a row of headings; empty without groups."""
+    groups = (report.get("retention") or {}).get(name) or []
+    shown = [r for r in STUDENTS if any(found["kl_divergence"].get(r) is not None for found in groups)]
+    rows = [
+        (
+            _range(found["from"], found["to"]),
+            *(number(found["kl_divergence"].get(role), 3) for role in shown),
+            percent(found["top1_agreement"].get("student"), 1),
+            number(found["anchors"]),
+        )
+        for found in groups
+    ]
+    header = (BREAKDOWNS[name][1], *(STUDENTS[role] for role in shown), "same first", "anchors")
+    return [header, *rows] if groups else []
+
+
+def _range(low: int, high: int | None) -> str:
+    return f"from {low:,}" if high is None else f"{low:,}" if high == low else f"{low:,} to {high:,}"
 
 
 def decile_note(report: dict[str, Any]) -> str:

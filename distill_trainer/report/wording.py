@@ -9,6 +9,8 @@ ROLES = {
     "teacher": "teacher",
     "student_aware_teacher": "teacher, student-aware",
 }
+# The students' names where there is little room.
+STUDENTS = {"student_before": "before", "baseline": "no teacher", "student": "distilled"}
 # Differences below this share of the bits per byte are called a draw.
 DRAW = 0.001
 
@@ -54,6 +56,13 @@ def model_rows(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 def bits(report: dict[str, Any], role: str) -> float | None:
     """Bits per byte of one role, None where it was not scored."""
     return (report.get(role) or {}).get("bits_per_byte")
+
+
+def command_line(report: dict[str, Any]) -> str:
+    """The command that made the report, as it can be run again; empty where it is not known."""
+    command = (report.get("environment") or {}).get("command") or ""
+    words = command.split(maxsplit=1)
+    return f"python {command}" if words and words[0].endswith(".py") else command
 
 
 def outcome(report: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from distill_trainer.evaluation.routing import ROUTER_KEYS, TOKEN_CLASSES
 TOKENIZERS = {"student_tokenizer": tokenizer("student"), "teacher_tokenizer": tokenizer("teacher")}
 SECTIONS = {
     *("schema", "teacher", "student_before", "student", "baseline", "student_aware_teacher", "compression"),
-    *("retention", "attention", "router", "gap", "benchmarks", "data", "environment"),
+    *("retention", "attention", "router", "gap", "benchmarks", "passages", "samples", "data", "environment"),
 }
 
 
@@ -156,10 +156,46 @@ def test_the_gaps_deciles_are_those_of_each_student_at_the_same_anchors(routed_r
         assert alone["gap"] == {"deciles": None}
 
 
+ROLES = ("student_before", "baseline", "student", "teacher")
+
+
+def test_groups_passages_and_samples_know_every_student(routed_report):
+    report = routed_report
+    for name, column in (("by_frequency", "kl_divergence"), ("by_position", "top1_agreement")):
+        groups = report["retention"][name]
+        assert groups and all(found[column].keys() == set(ROLES[:3]) for found in groups)
+        assert all(value is not None for found in groups for value in found[column].values())
+    # The positions are a split of all anchors.
+    groups = report["retention"]["by_position"]
+    mean = sum(found["anchors"] * found["kl_divergence"]["student"] for found in groups)
+    assert mean / sum(found["anchors"] for found in groups) == pytest.approx(report["retention"]["kl_divergence"])
+    for kind in ("best", "worst"):
+        assert all(passage[role] > 0 for passage in report["passages"][kind] for role in ROLES)
+    assert len(report["samples"]) == 3
+    assert all(isinstance(sample[role], str) for sample in report["samples"] for role in ROLES)
+
+
+def test_passages_of_all_the_text_have_the_bits_per_byte_of_the_report(monkeypatch):
+    from distill_trainer.evaluation import passages
+
+    # Each span between two anchors is a passage, and all are shown.
+    monkeypatch.setattr(passages, "PASSAGE_BYTES", 1)
+    monkeypatch.setattr(passages, "NUM_PASSAGES", 1_000)
+    report = evaluate()
+    found = report["passages"]["best"] + report["passages"]["worst"]
+    assert sum(passage["bytes"] for passage in found) == report["data"]["scored_bytes"]
+    for role in ("student", "teacher"):
+        bits = sum(passage["bytes"] * passage[role] for passage in found) / report["data"]["scored_bytes"]
+        assert bits == pytest.approx(report[role]["bits_per_byte"])
+
+
 def test_the_gap_needs_no_router_and_no_baseline():
     report = evaluate(student_before=tiny_llama(seed=5))
     deciles = report["gap"]["deciles"]
     assert all(decile["before"] > 0 and decile["after"] > 0 and decile["baseline"] is None for decile in deciles)
+    assert all(found["kl_divergence"]["baseline"] is None for found in report["retention"]["by_position"])
+    assert all(passage["baseline"] is None for passage in report["passages"]["best"])
+    assert all("baseline" not in sample for sample in report["samples"])
 
 
 def test_the_student_aware_teacher_is_scored_with_the_routed_beliefs_at_anchors_and_its_own_elsewhere(trainer):

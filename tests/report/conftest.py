@@ -22,6 +22,20 @@ def model(name, bits, parameters, **changes):
     return figures | changes
 
 
+STUDENTS = ("student_before", "baseline", "student")
+
+
+def breakdown(low, high, anchors, gaps, agreements):
+    values = (gaps, agreements)
+    by_role = (dict(zip(STUDENTS, found, strict=True)) for found in values)
+    names = zip(("kl_divergence", "top1_agreement"), by_role, strict=True)
+    return {"from": low, "to": high, "anchors": anchors, **dict(names)}
+
+
+def passage(text, *bits):
+    return {"text": text, "bytes": len(text), **dict(zip((*STUDENTS, "teacher"), bits, strict=True))}
+
+
 @pytest.fixture
 def report():
     return {
@@ -43,6 +57,15 @@ def report():
             "top5_overlap": 0.6187,
             "gap_closed": 0.4999,
             "gap_closed_baseline": 0.4578,
+            "by_frequency": [
+                breakdown(1, 9, 1713, (4.512, 4.231, 3.987), (0.213, 0.251, 0.268)),
+                breakdown(10, 99, 9021, (2.871, 2.302, 2.211), (0.352, 0.401, 0.419)),
+                breakdown(100, None, 59801, (1.203, 0.871, 0.842), (0.511, 0.582, 0.597)),
+            ],
+            "by_position": [
+                breakdown(1, 7, 3811, (2.431, 2.022, 1.958), (0.312, 0.361, 0.372)),
+                breakdown(8, 15, 66724, (1.542, 1.101, 1.066), (0.483, 0.541, 0.556)),
+            ],
         },
         "attention": {"similarity": 0.8114},
         "router": {
@@ -115,6 +138,21 @@ def report():
                 },
             ],
         },
+        "passages": {
+            "compared": 1423,
+            "best": [passage("It is with great satisfaction <i>that</i> I report.", 2.1, 1.4, 1.2, 1.1)],
+            "worst": [passage("Mr. Seward's note | of\n\nthe 26th *ultimo*", 3.9, 3.8, 3.71, 1.3)],
+        },
+        "samples": [
+            {
+                "prompt": "The people of the",
+                "continuation": " several States have been",
+                "student_before": " the the the",
+                "baseline": " United States and",
+                "student": " United States <b>of</b>",
+                "teacher": " United States have",
+            }
+        ],
         "data": {
             "train_documents": 40,
             "train_bytes": 1_912_345,

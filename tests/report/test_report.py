@@ -2,20 +2,21 @@ import copy
 import json
 import math
 import os
+import re
 import stat
+import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from read_page import Page
 
 from distill_trainer.report import headline_table, write_report
 from distill_trainer.report.build import finite, write_atomically
-from distill_trainer.report.drawing import THEMES, Plot, series
 from distill_trainer.report.markdown import markdown_page
 from distill_trainer.report.page import html_page
 from distill_trainer.report.plots import draw_plots
+from distill_trainer.report.series import Plot, series
 from distill_trainer.report.tables import TOKEN_HEADER, benchmark_note, benchmark_table, sections, token_rows
 from distill_trainer.report.wording import (
     case_sentence,
@@ -35,14 +36,14 @@ SECTIONS = {
     "training": ["bits_per_byte", "losses", "schedules"],
     "router": ["expert_load", "router", "reliability"],
     "gap": ["gap"],
+    "retention": ["by_frequency", "by_position"],
 }
 PLOT_NAMES = [name for names in SECTIONS.values() for name in names]
 PLOTS = [
-    Plot(name, f"About {name}", f"What {name} shows", {}, section)
+    Plot(name, f"About {name}", f"What {name} shows", f"<svg><text>{name}</text></svg>", section)
     for section, names in SECTIONS.items()
     for name in names
 ]
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def with_bits(report, student, baseline):
@@ -52,20 +53,29 @@ def with_bits(report, student, baseline):
     return changed
 
 
-def test_the_folder_holds_all_files_that_the_pages_name(report, log_history, baseline_log_history, tmp_path):
+def test_the_folder_holds_all_files_that_the_markdown_names(report, log_history, baseline_log_history, tmp_path):
     path = write_report(report, log_history, tmp_path, baseline_log_history=baseline_log_history, phases=[0.3, 0.6])
     assert path == tmp_path / "report" / "report.html"
-    plots = {f"{name}{theme}.png" for name in PLOT_NAMES for theme in THEMES}
+    plots = {f"{name}.svg" for name in PLOT_NAMES}
     files = {file.name for file in path.parent.iterdir()}
     assert files == plots | {"report.json", "report.md", "report.html"}
     assert json.loads((path.parent / "report.json").read_text()) == report
-    page = Page(path.read_text())
-    assert {image["src"] for image in page.all("img")} | {s["srcset"] for s in page.all("source")} == plots
     markdown = (path.parent / "report.md").read_text()
-    assert all(name in markdown for name in plots)
-    pictures = [(path.parent / name).read_bytes() for name in plots]
-    # No two are alike, not even a light and a dark one.
-    assert all(picture.startswith(PNG) for picture in pictures) and len(set(pictures)) == len(plots)
+    assert set(re.findall(r'src="(.*?)"', markdown)) == plots
+    page = path.read_text()
+    for name in plots:
+        content = (path.parent / name).read_text()
+        root = ElementTree.fromstring(content)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg" and len(root) > 5
+        assert "prefers-color-scheme:dark" in content
+        # The page holds the same drawing.
+        assert content.split("</style>")[1].strip() in page
+
+
+def test_the_page_is_one_file(report, log_history, tmp_path):
+    page = Page(write_report(report, log_history, tmp_path).read_text())
+    assert not any({"src", "srcset", "href"} & tag.keys() for _, tag in page.tags)
+    assert len(page.all("svg")) == len(PLOT_NAMES) and all(drawing["aria-label"] for drawing in page.all("svg"))
 
 
 def test_the_page_needs_no_scripts_and_no_network(report):
@@ -73,7 +83,6 @@ def test_the_page_needs_no_scripts_and_no_network(report):
     page = Page(html)
     assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
     assert "http" not in html and "url(" not in html and "@import" not in html
-    assert all(image["alt"] for image in page.all("img"))
 
 
 def test_all_figures_of_the_headline_stand_on_every_page(report):
@@ -142,7 +151,7 @@ def test_a_report_with_nothing_to_tell_is_still_written(tmp_path):
     keys = ("teacher", "student_before", "student", "baseline", "compression", "retention", "router", "gap", "data")
     path = write_report({"schema": 1, **dict.fromkeys(keys)}, [], tmp_path)
     page = Page(path.read_text())
-    assert "No verdict" in page.text and not page.all("img")
+    assert "No verdict" in page.text and not page.all("svg")
     assert {file.name for file in path.parent.iterdir()} == {"report.json", "report.md", "report.html"}
 
 
@@ -150,7 +159,7 @@ def test_null_figures_are_left_out_and_do_not_read_as_numbers(report):
     for section in ("router", "gap", "student_aware_teacher", "compression"):
         report[section] = dict.fromkeys(report[section])
     report["student_before"] = dict.fromkeys(report["student_before"])
-    report["benchmarks"] = None
+    report["benchmarks"] = report["samples"] = report["passages"] = None
     titles = [title for title, _ in sections(report)]
     assert "Router" not in titles and "Compression" not in titles and "Retention" in titles
     for text in (Page(html_page(report, [])).text, markdown_page(report, []), headline_table(report)):
@@ -293,7 +302,7 @@ def test_a_series_skips_entries_without_the_value():
         {"loss": 9.0},
         {"step": 4, "loss": 0.0},
     ]
-    assert series(history, "loss") == ([1, 4], [2.0, 0.0])
+    assert series(history, "loss") == [(1, 2.0), (4, 0.0)]
 
 
 @pytest.mark.parametrize(
@@ -310,11 +319,10 @@ def test_a_series_skips_entries_without_the_value():
     ],
 )
 def test_only_what_was_logged_is_drawn(report, log_history, prefixes, names):
-    report["router"] = report["gap"] = None
+    report["router"] = report["gap"] = report["retention"] = None
     kept = [{key: entry[key] for key in entry if key == "step" or key.startswith(prefixes)} for entry in log_history]
     plots = draw_plots(report, kept, [], [])
     assert [plot.name for plot in plots] == names
-    assert all(set(plot.files) == {f"{plot.name}{theme}.png" for theme in THEMES} for plot in plots)
 
 
 def test_losses_that_stay_off_are_not_drawn():
@@ -322,36 +330,33 @@ def test_losses_that_stay_off_are_not_drawn():
     assert draw_plots({}, history, [], []) == []
 
 
-def test_what_was_measured_at_the_end_has_no_steps_and_no_phases(report, log_history, monkeypatch):
-    plots = [plot.name for plot in draw_plots(report, [], [], [])]
-    assert plots == ["reliability", "gap"]
-    seen: list[tuple[set[str], bool]] = []
-
-    def look(figure, buffer, **options):
-        names = {axes.get_xlabel() for axes in figure.axes} - {""}
-        dotted = sum(line.get_linestyle() == ":" for axes in figure.axes for line in axes.lines)
-        seen.append((names, dotted > 0))
-
-    monkeypatch.setattr(Figure, "savefig", look)
-    draw_plots(report, log_history, [], [0.5])
-    found = dict(zip(PLOT_NAMES, seen[:: len(THEMES)], strict=True))
-    assert found.pop("reliability") == ({"estimated capacity"}, False)
-    assert found.pop("gap") == ({"decile, by the gap before training"}, False)
-    assert set(map(str, found.values())) == {str(({"optimizer step"}, True))}
+def test_what_was_measured_at_the_end_has_no_steps_and_no_phases(report, log_history):
+    at_the_end = ["reliability", "gap", "by_frequency", "by_position"]
+    assert [plot.name for plot in draw_plots(report, [], [], [])] == at_the_end
+    for plot in draw_plots(report, log_history, [], [0.5]):
+        over_steps = plot.name not in at_the_end
+        assert ("optimizer step" in plot.svg) == over_steps, plot.name
+        assert ('class="mark"' in plot.svg) == over_steps, plot.name
 
 
 def test_figures_that_are_null_are_not_drawn(report):
     report["router"]["reliability"][0]["observed"] = None
     report["gap"]["deciles"] = [found | {"baseline": None} for found in report["gap"]["deciles"]]
-    assert [plot.name for plot in draw_plots(report, [], [], [])] == ["reliability", "gap"]
-    report["router"]["reliability"] = report["gap"]["deciles"] = None
+    for found in report["retention"]["by_frequency"]:
+        found["kl_divergence"]["baseline"] = None
+    plots = {plot.name: plot.svg for plot in draw_plots(report, [], [], [])}
+    assert set(plots) == {"reliability", "gap", "by_frequency", "by_position"}
+    found = [name for name in ("gap", "by_frequency", "by_position") if "no teacher" in plots[name]]
+    assert found == ["by_position"]
+    report["router"]["reliability"] = report["gap"]["deciles"] = report["retention"]["by_frequency"] = None
+    report["retention"]["by_position"] = []
     assert draw_plots(report, [], [], []) == []
 
 
 def test_phases_and_the_baseline_show_in_the_plots(report, log_history, baseline_log_history):
     def picture(baseline, phases):
         kept = [entry for entry in log_history if "eval_loss" in entry]
-        return draw_plots(report, kept, baseline, phases)[0].files["bits_per_byte.png"]
+        return draw_plots(report, kept, baseline, phases)[0].svg
 
     plain = picture([], [])
     assert picture([], []) == plain
