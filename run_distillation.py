@@ -12,17 +12,15 @@ import torch
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from distill_trainer import DistillationTrainer, evaluate_models
+from distill_trainer import DataArguments, DistillationArguments, DistillationTrainer, ModelArguments, evaluate_models
 from distill_trainer.ablation import run_ablation
 from distill_trainer.ablation_file import read_ablation
-from distill_trainer.arguments import DistillationArguments
 from distill_trainer.assembly import load_texts
 from distill_trainer.callbacks import check_reporters
 from distill_trainer.checkpoint import check_checkpoint
 from distill_trainer.errors import DistillationError
 from distill_trainer.evaluation.benchmarks import Benchmarks, load_benchmarks
 from distill_trainer.hub import write_model_card
-from distill_trainer.input_arguments import DataArguments, ModelArguments
 from distill_trainer.loading import load_causal_lm, load_tokenizer
 from distill_trainer.parsing import parse_arguments
 from distill_trainer.report import headline_table, write_report

@@ -322,8 +322,7 @@ def test_an_unknown_name_is_an_error_that_names_the_nearest(wrong, nearest):
 
 @pytest.mark.parametrize(
     "name",
-    "loss_balancing teacher_cache on_policy_fraction teacher_quantization "
-    "teacher_device data_curriculum config no_use_router".split(),
+    "teacher_cache on_policy_fraction teacher_quantization teacher_device config no_use_router".split(),
 )
 def test_names_that_mean_nothing_in_a_file_are_unknown(name):
     assert f"{name} is not a known setting" in message([write("run.yaml", f"{name}: 1")])
