@@ -259,7 +259,7 @@ def _benchmark_scores(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
 ) -> dict[str, Any]:
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for role in (role for role in ("student_before", "baseline", "student") if role in students):
         with _on(students[role], students["student"].device):
             results[role] = benchmarks.run(students[role], tokenizer, batch_size)

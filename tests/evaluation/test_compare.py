@@ -241,6 +241,16 @@ def test_a_teacher_without_a_router_has_no_routing_figures(tmp_path):
     assert report["student_aware_teacher"] == {"bits_per_byte": None}
 
 
+def test_a_student_with_adapters_is_measured_and_writes(tmp_path):
+    trainer = tiny_trainer(tmp_path, use_peft=True, lora_r=2)
+    report = evaluate(student=trainer.student, teacher=trainer.teacher.model, route=trainer.route)
+    plain = evaluate(student=tiny_llama(), teacher=trainer.teacher.model)
+    # Adapters start at zero.
+    assert report["student"]["bits_per_byte"] == pytest.approx(plain["student"]["bits_per_byte"], rel=1e-5)
+    assert [s["student"] for s in report["samples"]] == [s["student"] for s in plain["samples"]]
+    assert report["passages"]["best"] and report["retention"]["by_position"]
+
+
 def test_figures_do_not_depend_on_how_windows_are_batched():
     small, large = evaluate(batch_size=1), evaluate(batch_size=5)
     for key in ("bits_per_byte", "token_perplexity"):
