@@ -160,7 +160,12 @@ def sample_experts(router_logits: Tensor, top_k: int, temperature: float, num_sa
 
 
 def routing_objective(
-    parts: dict[str, Tensor], *, student_weight: float, anchor_weight: float, balance_weight: float
+    parts: dict[str, Tensor],
+    *,
+    student_weight: float,
+    anchor_weight: float,
+    balance_weight: float,
+    capacity_weight: float = 1.0,
 ) -> Tensor:
     """What the router's parameters minimise beside `ce` and `student_kl`; none of it reaches the student.
 
@@ -170,9 +175,11 @@ def routing_objective(
         student_weight: Weight of `student_feature`: be near what the student holds.
         anchor_weight: Weight of `anchor_kl`: stay near the teacher's gate.
         balance_weight: Weight of `balance`: use all experts.
+        capacity_weight: Weight of `capacity_bce`: know what the student can do.
     """
     learnable = student_weight * parts["student_feature"] if "student_feature" in parts else 0.0
-    return anchor_weight * parts["anchor_kl"] + balance_weight * parts["balance"] + parts["capacity_bce"] + learnable
+    estimate = capacity_weight * parts["capacity_bce"]
+    return anchor_weight * parts["anchor_kl"] + balance_weight * parts["balance"] + estimate + learnable
 
 
 def routing_losses(

@@ -202,6 +202,8 @@ class DistillationTrainer(Trainer):
                 student_weight=args.router_student_weight,
                 anchor_weight=args.router_anchor_weight,
                 balance_weight=args.router_balance_weight,
+                # On text of later passes the student would show what it remembers, not what it can.
+                capacity_weight=float((self.state.epoch or 0) < 1),
             )
         if self.is_in_train:
             self.record.add(outputs)

@@ -270,6 +270,7 @@ def test_the_objective_is_the_weighted_sum_of_its_parts():
     }
     weights = {"student_weight": 0.5, "anchor_weight": 0.1, "balance_weight": 0.01}
     assert float(routing_objective(parts, **weights)) == pytest.approx(0.1 * 3 + 0.01 * 5 + 7)
+    assert float(routing_objective(parts, **weights, capacity_weight=0.5)) == pytest.approx(0.1 * 3 + 0.01 * 5 + 3.5)
     parts["student_feature"] = torch.tensor(11.0)
     assert float(routing_objective(parts, **weights)) == pytest.approx(0.1 * 3 + 0.01 * 5 + 7 + 0.5 * 11)
 
