@@ -374,7 +374,7 @@ def test_the_report_has_all_keys_and_figures_of_every_model(reported_run):
     assert report["student_aware_teacher"]["bits_per_byte"] > 0
     assert report["data"]["train_documents"] == NUM_DOCUMENTS - 2 and report["data"]["eval_documents"] == 1
     assert {"report.json", "report.md", "report.html"} <= {path.name for path in (output / "report").iterdir()}
-    assert list((output / "report").glob("*.png"))
+    assert list((output / "report").glob("*.svg"))
 
 
 def test_the_headline_and_the_reports_path_are_printed(reported_run):

@@ -171,7 +171,7 @@ def test_each_method_matches_a_loop_over_the_anchors(kind, method, direction):
     if method == "uld" and direction != "forward":
         pytest.skip("sorted distances have no direction")
     teacher, student, batch = pair(kind)
-    model = distillation_model(teacher, student, kl_method=method, kl_direction=direction)
+    model = distillation_model(teacher, student, kl_method=method, kl_direction=direction, gap_weighting=True)
     found = run(model, teacher, batch, ONLY_KL, values=scheduled(temperature=TEMPERATURE))["losses"]["kl"]
     expected = Reference(model, teacher, batch).loss(method, direction)
     assert float(found) == pytest.approx(expected, rel=2e-4, abs=1e-5) and expected > 0
@@ -190,7 +190,7 @@ def test_the_correction_of_spans_is_a_setting_and_changes_the_target():
     teacher.model.requires_grad_(False)
     values = {}
     for corrected in (True, False):
-        model = distillation_model(teacher, student, span_correction=corrected)
+        model = distillation_model(teacher, student, span_correction=corrected, gap_weighting=True)
         found = run(model, teacher, batch, ONLY_KL, values=scheduled(temperature=TEMPERATURE))["losses"]["kl"]
         values[corrected] = float(found)
         expected = Reference(model, teacher, batch).loss("projected", corrected=corrected)

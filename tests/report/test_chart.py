@@ -99,7 +99,7 @@ def test_ticks_are_few_even_and_inside(low, size, count, whole):
     high = low + size
     found = ticks(low, high, count, whole=whole)
     assert len(found) <= count + 1
-    air = 1e-6 * max(abs(low), abs(high), size)
+    air = 1e-6 * max(abs(low), abs(high), size, 0.1 * whole)
     assert all(low - air <= value <= high + air for value in found)
     assert not whole or all(value == round(value) for value in found)
 
