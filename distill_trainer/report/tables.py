@@ -8,7 +8,7 @@ RELIABILITY_HEADER = ("estimated capacity", "true token", "top-1 right", "anchor
 RELIABILITY_NOTE = (
     "Anchors sorted by the capacity that the router estimates, in ten groups of equal size. On the line the estimate "
     "is what the student then gives the true next token on average, below it the estimate is too high. It was fitted "
-    "on the training text, of which a student may know more."
+    "to the training text while that was new to the student."
 )
 
 TOKEN_HEADER = (

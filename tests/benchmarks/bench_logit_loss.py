@@ -9,11 +9,9 @@ vocabularies with two that share the teacher's.
 """
 
 import argparse
-import gc
 import statistics
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +19,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from measuring import measure, seconds
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import logging
 
@@ -139,42 +137,6 @@ def materialised(case: Case):
     (loss + F.cross_entropy(teacher_logits, at.upcoming) + 0.1 * student_kl).backward()
 
 
-def peak_extra(call, device: str) -> int:
-    """Bytes that a call allocates at its peak, without the gradient of the head, which any training of it needs."""
-    gradient = STUDENT_SIZE * STUDENT_VOCAB * 4
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        # The gradient of the call before is among it, and makes room for that of this call.
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        call()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = highest = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if abs(event.nbytes()) != gradient:
-            held += event.nbytes()
-            highest = max(highest, held)
-    return highest
-
-
-def seconds(call, device: str) -> float:
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def measure(call, device: str, repeats: int) -> tuple[float, float]:
-    """Median seconds and highest extra bytes; the first call warms up."""
-    call()
-    times = [seconds(call, device) for _ in range(repeats)]
-    return statistics.median(times), peak_extra(call, device)
-
-
 def tiny_trainer(folder: str, sides: tuple[str, str]) -> DistillationTrainer:
     """A trainer of two tiny models with the reference vocabularies."""
     vocabularies = {"Qwen3": (qwen_tokenizer, TEACHER_VOCAB), "SmolLM": (smollm_tokenizer, STUDENT_VOCAB)}
@@ -257,7 +219,8 @@ def main() -> None:
             calls[f"{method}, fused"] = lambda method=method: fused(case, method, arguments.chunk_mb)
     first = None
     for name, call in calls.items():
-        median, extra = measure(call, device, repeats)
+        # The gradient of the head is left out, which any training of it needs.
+        median, extra = measure(call, device, repeats, without=STUDENT_SIZE * STUDENT_VOCAB * 4)
         first = first or median
         print(f"{name:24}{median:9.2f}{median / first:9.2f}{extra / 1e6:10.0f}{extra / everything:11.1%}", flush=True)
     whole_step(device, repeats)

@@ -9,13 +9,10 @@ weights, against the plain pass. One process, so that the ratios hold where the 
 """
 
 import argparse
-import gc
-import statistics
-import time
 from types import SimpleNamespace
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from measuring import measure
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import logging
 
@@ -88,32 +85,6 @@ class Step:
         if self.values.router_learns:
             # A gradient of ones stands for the head's.
             routed.hidden_states.sum().backward()
-
-
-def measure(call, device: str, repeats: int) -> tuple[float, float]:
-    """Median seconds behind one warm-up, and the highest bytes that the call allocates."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return statistics.median(times), torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        call()
-    held = highest = 0
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        highest = max(highest, held)
-    return statistics.median(times), highest
 
 
 def main() -> None:

@@ -15,14 +15,13 @@ seconds do not. Peak memory is what torch allocates at once beyond the weights a
 """
 
 import argparse
-import gc
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from measuring import peak_extra, seconds
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -221,32 +220,6 @@ def rows(step: Step) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"step without {name}", lambda name=name: step((name,))
     yield "step, router at rest", lambda: step(router_learns=False)
     yield "step, KL and LM alone", lambda: step(("feature", "attention", "layerwise", "contrastive", "router"))
-
-
-def seconds(call: Callable[[], None], device: str) -> float:
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def peak_extra(call: Callable[[], None], device: str) -> int:
-    """Bytes that a call allocates at its peak beyond those that were there, with the gradients, before it."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        call()
-    held = highest = 0
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        highest = max(highest, held)
-    return highest
 
 
 def operators(step: Step) -> str:
