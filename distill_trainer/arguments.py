@@ -87,7 +87,7 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
     )
     logit_chunk_mb: float | None = field(
         default=None,
-        metadata={"help": "Megabytes of logits at once, above 0. None: a seventh of all logits, at most 537."},
+        metadata={"help": "Megabytes of logits at once, above 0. None: a seventh of all logits, 200 to 500."},
     )
     kl_direction: str = field(
         default="forward",

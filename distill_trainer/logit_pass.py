@@ -24,8 +24,9 @@ COPIES = {"projected": (7, 2), "topk": (7, 2), "uld": (9, 6), "hybrid": (10, 6),
 TEXT_COPIES, LOOK_COPIES = (4, 0), (5, 1)
 # Jensen-Shannon holds the mixture of both sides as well.
 JS_COPIES = 3
-# Without a budget the chunks may take this share of what all logits would, and at most so many bytes.
-LOGIT_SHARE, MOST_BYTES = 0.14, 2**29
+# Without a budget the chunks may take this share of what all logits would, within these bytes: a matrix product over a
+# few positions takes far longer for each, and a small batch is no reason to save.
+LOGIT_SHARE, LEAST_BYTES, MOST_BYTES = 0.14, 2e8, 5e8
 
 
 class LogitPass:
@@ -146,7 +147,7 @@ class LogitPass:
     def _chunk_size(self, copies: tuple[int, int]) -> int:
         """Positions whose logits fit the budget in so many copies of the student's and of the teacher's."""
         rows = (4 * self.head.vocab_size, 0 if self.teacher is None else 4 * self.teacher.head.vocab_size)
-        budget = min(LOGIT_SHARE * self.num_positions * sum(rows), MOST_BYTES)
+        budget = min(max(LOGIT_SHARE * self.num_positions * sum(rows), LEAST_BYTES), MOST_BYTES)
         if self.settings.logit_chunk_mb is not None:
             budget = 1e6 * self.settings.logit_chunk_mb
         return max(int(budget // (copies[0] * rows[0] + copies[1] * rows[1])), 1)

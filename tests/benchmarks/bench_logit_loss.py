@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_logit_loss.py [--device cuda] [--repeats 5] [--methods projected alm ...]
 
-Real tokenizers and text, random weights in the reference shapes: 2 x 256 student tokens, vocabularies of 151,936 and
+Real tokenizers and text, random weights in the reference shapes: 4 x 512 student tokens, vocabularies of 151,936 and
 49,152. Forward and backward, with the router's share. Extra memory is what torch allocates at once, but for the
 gradient of the student's head, which is what the pass leaves behind. The whole step compares two tiny models of these
 vocabularies with two that share the teacher's.
@@ -41,7 +41,7 @@ from distill_trainer.trainer import DistillationTrainer
 
 TEACHER_SIZE, TEACHER_VOCAB = 1024, 151_936
 STUDENT_SIZE, STUDENT_VOCAB = 576, 49_152
-BATCH, LENGTH = 2, 256
+BATCH, LENGTH = 4, 512
 METHODS = ("projected", "topk", "uld", "hybrid", "alm")
 WEIGHTS = {"kl": 0.7, "lm": 0.3}
 

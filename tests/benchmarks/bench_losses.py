@@ -2,13 +2,13 @@
 
     python tests/benchmarks/bench_losses.py [--field value ...]
 
-Pair, documents, batches, steps and flags are those of the ablation (ablation.py beside this file). Each loss has its
-default weight, and trains from the start unless the variant says otherwise.
+Pair, documents, batches, steps and flags are those of the ablation (ablation.py beside this file), the router is that
+of its best row. Each loss has its default weight, and trains from the start unless the variant says otherwise.
 """
 
 import sys
 
-from ablation import run
+from ablation import BEST, run
 
 KL_AND_LM = "KL and LM"
 DEFAULTS = {"feature_weight": 0.1, "attention_weight": 0.1, "layerwise_weight": 0.05, "contrastive_weight": 0.05}
@@ -26,4 +26,5 @@ VARIANTS = {
 }
 
 if __name__ == "__main__":
-    sys.exit(run(__doc__, {"variants": VARIANTS, "reference": KL_AND_LM, "output_dir": "outputs/bench_losses"}))
+    changes = BEST | {"variants": VARIANTS, "reference": KL_AND_LM, "output_dir": "outputs/bench_losses"}
+    sys.exit(run(__doc__, changes))
