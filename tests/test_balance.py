@@ -16,7 +16,9 @@ from builders import (
 from transformers import TrainerCallback
 
 from distill_trainer.balance import GRADIENT_INTERVAL, GROUPS, HORIZON, LOGIT, LossBalance, value_sizes
+from distill_trainer.errors import ConfigurationError
 from distill_trainer.schedules import LOGIT_LOSSES, LOSS_NAMES
+from distill_trainer.trainer import DistillationTrainer
 
 WEIGHTS = {"kl": 0.6, "feature": 0.1, "attention": 0.2, "layerwise": 0.05, "contrastive": 0.15, "lm": 0.3}
 SIZES = {"logit": 3.0, "feature": 0.5, "attention": 0.01, "layerwise": 40.0, "contrastive": 4.0}
@@ -234,6 +236,20 @@ def test_gradient_norms_balance_every_kind_of_run(tmp_path, changes):
     trainer.train()
     balance = trainer.distillation_model.balance
     assert (balance.sizes > 0).all() and all(math.isfinite(value) for value in logged(trainer, "loss"))
+
+
+@pytest.mark.parametrize("engine", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_gradient_norms_are_refused_where_the_weights_are_sharded(tmp_path, monkeypatch, engine):
+    set_up = DistillationTrainer.create_accelerator_and_postprocess
+
+    def sharded(trainer):
+        set_up(trainer)
+        setattr(trainer, engine, True)
+
+    tiny_trainer(tmp_path, loss_balancing="gradient-norm")
+    monkeypatch.setattr(DistillationTrainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(ConfigurationError, match=r"^loss_balancing must be none or ema with FSDP or DeepSpeed"):
+        tiny_trainer(tmp_path, loss_balancing="gradient-norm")
 
 
 def test_the_text_alone_is_the_same_run_with_any_balancing(tmp_path):
