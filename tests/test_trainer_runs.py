@@ -84,7 +84,7 @@ def in_two_processes(tmp_path, changes):
         }
         command = [sys.executable, str(tests / "one_rank.py"), str(tmp_path / "result.pt"), json.dumps(changes)]
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    outputs = [process.communicate(timeout=120)[0].decode() for process in processes]
+    outputs = [process.communicate(timeout=300)[0].decode() for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
     return torch.load(tmp_path / "result.pt", weights_only=False)
 
