@@ -124,25 +124,27 @@ def evaluate(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0, or 2 with one line on standard error for what the user can mend."""
+    """Exit code: 0, 130 if interrupted, or 2 with one line on standard error for what the user can mend."""
+    code = 2
     try:
         if ablation := read_ablation(arguments):
             for line in run_ablation(ablation):
                 print(line, flush=True)
         else:
             run(*parse_arguments(arguments))
+        return 0
     except DistillationError as error:
         message = str(error)
     except torch.OutOfMemoryError:
         message = "The GPU is out of memory. Lower per_device_train_batch_size or max_length."
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted. An ablation goes on with the same command, a run with --resume CHECKPOINT."
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         message = f"The disk is full: {error}. Free some space, or set save_total_limit."
-    else:
-        return 0
     print(f"error: {message}", file=sys.stderr)
-    return 2
+    return code
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import statistics
 import time
 from collections.abc import Iterator
@@ -76,8 +77,10 @@ def run_ablation(ablation: Ablation) -> Iterator[str]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     threads = max((os.cpu_count() or 1) // ablation.jobs, 1)
-    # A fresh process for each run: no run sees another's random numbers, threads or memory.
-    pool = ProcessPoolExecutor(ablation.jobs, get_context("spawn"), max_tasks_per_child=1)
+    # A fresh process for each run: no run sees another's random numbers, threads or memory. At an interrupt from the
+    # keyboard, which reaches all of them, they end without a word, as this process has one to say.
+    ending: dict[str, Any] = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
+    pool = ProcessPoolExecutor(ablation.jobs, get_context("spawn"), max_tasks_per_child=1, **ending)
     try:
         runs = {
             pool.submit(run_variant, folder, settings, ablation.flags, threads): f"{name}, seed {settings['seed']}"
@@ -94,7 +97,7 @@ def run_ablation(ablation: Ablation) -> Iterator[str]:
                     "run the same command again."
                 ) from error
     finally:
-        # After an error or an interrupt no further run starts; those that are running end, and are kept.
+        # After an error no further run starts; those that are running end, and are kept.
         pool.shutdown(cancel_futures=True)
     shown = table(ablation)
     (ablation.folder / "ablation.md").write_text(shown + "\n", encoding="utf-8")
@@ -142,7 +145,7 @@ def run_variant(folder: Path, settings: dict[str, Any], flags: list[str], thread
     test, _ = prepare_dataset(splits["test"], *tokenizers, max_length=args.max_length)
     figures = {**score(trainer, list(test), args), "seconds_per_step": clock.mean()}
     # Last and whole, so that a run that was stopped is run again.
-    scratch = folder / f"{RESULT}.part"
+    scratch = folder / f"{RESULT}.{os.getpid()}.part"
     figures["made_with"] = made_with(settings, flags)
     scratch.write_text(json.dumps(figures, indent=2), encoding="utf-8")
     scratch.replace(folder / RESULT)

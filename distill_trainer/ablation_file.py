@@ -1,6 +1,7 @@
 """The file of an ablation: settings of all runs, what each variant changes, and the seeds."""
 
 import argparse
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -11,9 +12,10 @@ from typing import Any
 import yaml
 
 from distill_trainer.errors import ConfigurationError
-from distill_trainer.parsing import parse_arguments
+from distill_trainer.parsing import PlainLoader, parse_arguments
 
 CONFIG = "config.yaml"
+MOST_SEED = 999_999_999
 # What an ablation sets for every run: it trains, and is scored here.
 FIXED = {
     "run_baseline": "false",
@@ -68,7 +70,7 @@ def read_ablation(argv: Sequence[str] | None = None) -> Ablation | None:
         return None
     try:
         # Plain text as for all config files: their parser knows the types.
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=PlainLoader)
     except (OSError, ValueError, yaml.YAMLError):
         return None  # the parser of the settings says what is wrong
     if not isinstance(content, dict) or "variants" not in content:
@@ -77,17 +79,21 @@ def read_ablation(argv: Sequence[str] | None = None) -> Ablation | None:
     jobs, reference = content.pop("jobs", "1"), content.pop("reference", "")
     if not isinstance(variants, dict) or not variants or not all(isinstance(v, dict) for v in variants.values()):
         raise ConfigurationError(f"{path}: variants must be a mapping of names to mappings of settings.")
-    if reference not in variants:
+    if not isinstance(reference, str) or reference not in variants:
         raise ConfigurationError(f"{path}: reference must be one of the variants, got {reference or 'none'}.")
-    if not isinstance(seeds, list) or not seeds or not all(str(seed).isdigit() for seed in seeds):
-        raise ConfigurationError(f"{path}: seeds must be a list of whole numbers, 0 or above, got {seeds}.")
+    if not isinstance(seeds, list) or not seeds or not all(re.fullmatch(r"\d{1,9}", str(seed)) for seed in seeds):
+        raise ConfigurationError(
+            f"{path}: seeds must be a list of whole numbers from 0 to {MOST_SEED:,}, got {seeds}."
+        )
     if not str(jobs).isdigit() or int(jobs) < 1:
         raise ConfigurationError(f"{path}: jobs must be 1 or above, got {jobs}.")
     given = {flag.split("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")}
-    for name in sorted((given | content.keys() | set().union(*variants.values())) & {*FIXED, "seed"}):
-        # The folder of all runs is the file's or the flag's, and both are taken out above.
+    named = content.pop("output_dir", str(Ablation.folder))
+    for name in sorted((given | content.keys() | set().union(*variants.values())) & {*FIXED, "seed", "output_dir"}):
         raise ConfigurationError(f"{path}: an ablation sets {name} for each run itself. Take it out.")
-    folder = Path(own.output_dir or content.pop("output_dir", Ablation.folder))
+    if not isinstance(named, str) or named in ("", "~", "null"):
+        raise ConfigurationError(f"{path}: output_dir must name a folder, got {named or 'none'}.")
+    folder = Path(own.output_dir or named)
     ablation = Ablation(variants, content, reference, [int(seed) for seed in seeds], int(jobs), flags, folder)
     runs = [run_folder(ablation, name, seed) for name in variants for seed in ablation.seeds]
     for run in runs:

@@ -324,15 +324,21 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
         if isinstance(layers, list) and len(layers) == 1 and not layers[0].isdigit():
             layers = self.router_layers = layers[0]
         named = isinstance(layers, list) and layers and all(re.fullmatch(r"\d+", layer) for layer in layers)
+        named = named and len(set(layers)) == len(layers)
         if not named and not (isinstance(layers, str) and re.fullmatch(r"last|all|last:[1-9]\d*", layers)):
             raise ConfigurationError(
-                f"router_layers must be last, last:N, all, or layer numbers as in 1 3, got {layers}."
+                f"router_layers must be last, last:N, all, or different layer numbers as in 1 3, got {layers}."
             )
         self.router_parts = [] if self.router_parts == ["none"] else self.router_parts
         if not isinstance(self.router_parts, list):
             raise ConfigurationError(f"router_parts must be a list of names, got {self.router_parts}.")
         for part in self.router_parts:
-            check_choice("router_parts", part, ROUTER_PARTS)
+            check_choice("router_parts", part, (*ROUTER_PARTS, "none alone"))
+        if self.expert_sampling and not self.use_router:
+            raise ConfigurationError(
+                f"expert_sampling must be 0 without use_router, got {self.expert_sampling}. To sample by the gate "
+                "alone, set router_parts to none."
+            )
         if self.expert_sampling and layers != "last":
             raise ConfigurationError(
                 f"expert_sampling must be 0 unless router_layers is last, got {self.expert_sampling}. Several choices "

@@ -73,6 +73,12 @@ def build_teacher(
     limit = teacher.num_experts
     if limit and max(args.initial_top_k, args.final_top_k) > limit:
         logger.warning(f"top_k is cut to {limit}, the number of the teacher's experts.")
+    own = getattr(model.config, "num_experts_per_tok", 0) or 0
+    if limit and args.final_top_k < own:
+        logger.warning(
+            f"The teacher's gate chooses {own} experts, final_top_k ends at {args.final_top_k}: what the others know "
+            f"is lost. Set initial_top_k and final_top_k to {own} to keep it."
+        )
     return teacher
 
 

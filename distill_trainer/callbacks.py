@@ -110,7 +110,7 @@ class LossWeightScheduleCallback(_ScheduleCallback):
 class RouterLearningCallback(TrainerCallback):
     """Let the router learn in some steps only; in the others it routes without a gradient, which is cheaper.
 
-    The capacity is fitted in all of them, because the student goes on changing.
+    The capacity is fitted in either, because the student goes on changing.
 
     Args:
         values: The values that the trainer reads; `router_learns` is set before each optimizer step.

@@ -19,6 +19,14 @@ from distill_trainer.errors import ConfigurationError
 from distill_trainer.input_arguments import DataArguments, ModelArguments
 
 
+class PlainLoader(yaml.BaseLoader):
+    """Loader of YAML with all values as text, that refuses a name given twice with a `ValueError`."""
+
+    def construct_mapping(self, node, deep=False):
+        """The mapping of a node."""
+        return _unique((name.value, None) for name, _ in node.value) and super().construct_mapping(node, deep=deep)
+
+
 class SettingsParser(HfArgumentParser):
     """Parser of dataclasses from a file and flags, that raises `ConfigurationError` where argparse prints and exits.
 
@@ -132,7 +140,10 @@ class SettingsParser(HfArgumentParser):
             self.error("the config file must end in .yaml, .yml or .json.")
         try:
             content = path.read_text(encoding="utf-8")
-            settings = json.loads(content) if path.suffix == ".json" else yaml.load(content, Loader=yaml.BaseLoader)
+            if path.suffix == ".json":
+                settings = json.loads(content, object_pairs_hook=_unique)
+            else:
+                settings = yaml.load(content, Loader=PlainLoader)
         except OSError as error:
             self.error(f"the config file cannot be read ({error.strerror}).")
         except (ValueError, yaml.YAMLError) as error:
@@ -178,6 +189,16 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     if training.project != "huggingface":
         os.environ["WANDB_PROJECT"] = training.project  # the only place where the Trainer's wandb callback looks
     return model, text, training
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs as a mapping; readers of YAML and JSON would keep the last of a name without a word."""
+    mapping: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in mapping:
+            raise ValueError(f"{name} is given twice")
+        mapping[name] = value
+    return mapping
 
 
 def _yaml_value(value: Any) -> Any:

@@ -1,13 +1,19 @@
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from builders import ASSETS
 
-from distill_trainer.ablation import RESULT, StepClock, table
-from distill_trainer.ablation_file import Ablation, read_ablation
+from distill_trainer.ablation import RESULT, StepClock, read_result, table
+from distill_trainer.ablation_file import Ablation, read_ablation, settings_of
 from run_distillation import main
 
+ROOT = Path(__file__).parents[1]
 TEXT = "The Union of these States was made by their people, and it is kept by them. " * 12
 
 
@@ -84,6 +90,11 @@ def test_every_variant_is_trained_scored_and_tabled_and_kept_when_run_again(tmp_
         ({"variants": []}, "variants must be a mapping"),
         ({"variants": {}}, "variants must be a mapping"),
         ({"variants": {"gate": 3}}, "variants must be a mapping"),
+        ({"reference": ["gate"]}, "reference must be one of the variants, got ['gate']"),
+        ({"output_dir": ["a"]}, "output_dir must name a folder, got ['a']"),
+        ({"output_dir": None}, "output_dir must name a folder, got null"),
+        ({"variants": {"gate": {"output_dir": "a"}}}, "an ablation sets output_dir for each run itself"),
+        ({"seeds": [2**40]}, "seeds must be a list of whole numbers from 0 to 999,999,999, got ['1099511627776']"),
         ({"reference": "none of them"}, "reference must be one of the variants, got none of them"),
         ({"seeds": []}, "seeds must be a list of whole numbers"),
         ({"seeds": ["x"]}, "seeds must be a list of whole numbers"),
@@ -102,6 +113,35 @@ def test_a_wrong_file_is_one_line_and_nothing_runs(tmp_path, capfd, changes, par
     error = capfd.readouterr().err.strip()
     assert part in error and error.count("\n") == 0
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_variant_given_twice_is_one_line(tmp_path, capfd):
+    path = tmp_path / "ablation.yaml"
+    path.write_text("reference: gate\nvariants:\n  gate: {use_router: false}\n  gate: {kl_weight: 0.5}\n")
+    assert main([str(path)]) == 2
+    assert "no valid YAML (gate is given twice)" in capfd.readouterr().err
+
+
+def test_every_seed_and_variant_has_settings_of_its_own():
+    ablation = Ablation({"a": {"kl_weight": "1"}, "b": {"kl_weight": "0"}}, {"max_steps": "2"}, "a", [3, 5])
+    found = [settings_of(ablation, name, seed) for name in "ab" for seed in ablation.seeds]
+    assert [(run["kl_weight"], run["seed"]) for run in found] == [("1", "3"), ("1", "5"), ("0", "3"), ("0", "5")]
+    assert len({run["output_dir"] for run in found}) == 4 and {run["max_steps"] for run in found} == {"2"}
+
+
+def test_an_interrupt_is_one_line_and_keeps_what_is_done(tmp_path):
+    path = written(tmp_path, content(tmp_path, seeds=list(range(50))))
+    command = [sys.executable, str(ROOT / "run_distillation.py"), path]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
+        first = run.stdout.readline()
+        os.killpg(run.pid, signal.SIGINT)  # as the keyboard does, to the workers too
+        _, error = run.communicate(timeout=120)
+    assert "bits per byte" in first and run.returncode == 130
+    assert "Traceback" not in error and error.splitlines()[-1].startswith("error: interrupted. An ablation goes on")
+    done = list((tmp_path / "out").glob(f"*/{RESULT}"))
+    assert 1 <= len(done) < 10 and all(read_result(result)["bits_per_byte"] > 0 for result in done)
 
 
 def test_other_files_are_no_ablation(tmp_path):

@@ -240,7 +240,10 @@ def test_a_wrong_value_is_one_line_that_names_field_and_value(flags, field, valu
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
-        ({"router_layers": None}, "router_layers must be last, last:N, all, or layer numbers as in 1 3, got None"),
+        ({"router_layers": None}, "all, or different layer numbers as in 1 3, got None"),
+        ({"router_layers": ["3", "3"]}, "all, or different layer numbers as in 1 3, got ['3', '3']"),
+        ({"router_parts": ["none", "gap"]}, "must be one of importance, capacity, gap, none alone, got none"),
+        ({"expert_sampling": 2, "use_router": False}, "expert_sampling must be 0 without use_router, got 2"),
         ({"router_parts": None}, "router_parts must be a list of names, got None"),
         ({"expert_sampling": 1.5}, "expert_sampling must be a whole number, 0 or above, got 1.5"),
         ({"router_interval": None}, "router_interval must be 1 or above, got None"),

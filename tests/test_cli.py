@@ -111,6 +111,8 @@ def refused(capfd, arguments: list[str], *, silent: bool = False) -> str:
 CONFIG_FILES = {
     "missing": ("nowhere.yaml", None, "nowhere.yaml: the config file cannot be read"),
     "malformed YAML": ("run.yaml", "datasets: [a, b", "run.yaml: the config file is no valid YAML"),
+    "a name twice in YAML": ("run.yaml", "seed: 1\nseed: 2", "no valid YAML (seed is given twice)"),
+    "a name twice in JSON": ("run.json", '{"seed": 1, "seed": 2}', "no valid JSON (seed is given twice)"),
     "malformed JSON": ("run.json", '{"seed": 1', "run.json: the config file is no valid JSON"),
     "empty": ("run.yaml", "", "run.yaml: the config file must hold"),
     "unknown key": ("run.yaml", "temperatur: 2.0", "temperatur is not a known setting. The nearest is temperature."),

@@ -254,9 +254,11 @@ def test_losses_that_need_a_teacher_are_an_error_without_one(tmp_path):
         tiny_trainer(tmp_path, teacher=None)
 
 
-def test_a_dense_teacher_trains_without_a_router(tmp_path):
+def test_a_dense_teacher_trains_without_a_router_and_says_so(tmp_path, caplog):
     trainer = tiny_trainer(tmp_path, teacher=tiny_llama(seed=3, vocab_size=4100))
     trainer.train()
+    said = "The teacher LlamaForCausalLM is dense: it teaches without a router."
+    assert [record.getMessage() for record in caplog.records].count(said) == 1
     assert trainer.distillation_model.routing is None and len(logged(trainer, "distill/loss_kl")) == 4
     assert not logged(trainer, "distill/top_k") and not logged(trainer, "distill/router_ce")
 
@@ -391,6 +393,13 @@ def test_more_experts_than_the_teacher_has_are_cut_with_one_warning(tmp_path, ca
     trainer.train()
     assert set(logged(trainer, "distill/top_k")) == {4}
     assert sum("top_k is cut to 4" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize(("final_top_k", "lines"), [(1, 1), (2, 0)])
+def test_fewer_experts_than_the_gate_chooses_are_told(tmp_path, caplog, final_top_k, lines):
+    tiny_trainer(tmp_path, initial_top_k=1, final_top_k=final_top_k)
+    said = "The teacher's gate chooses 2 experts, final_top_k ends at 1"
+    assert sum(said in record.getMessage() for record in caplog.records) == lines
 
 
 def test_plain_text_is_prepared_by_the_trainer(tmp_path):

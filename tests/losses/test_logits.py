@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from distill_trainer.errors import ConfigurationError
 from distill_trainer.losses.gap_weights import gap_weights
-from distill_trainer.losses.logits import kl_divergence, kl_divergence_loss, lm_loss
+from distill_trainer.losses.logits import kl_divergence, kl_divergence_loss, lm_loss, mean_belief
 
 DIRECTIONS = ["forward", "reverse", "js"]
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
@@ -211,3 +211,12 @@ def test_weighted_loss_of_equal_gaps_is_the_plain_loss():
     torch.testing.assert_close(equal, kl_divergence_loss(student, teacher, MASK))
     weighted = kl_divergence_loss(student, teacher, MASK, token_weights=gap_weights(gap, MASK))
     assert weighted > equal
+
+
+def test_the_mean_belief_is_that_of_the_probabilities():
+    """And not of the logits, which would be the geometric mean."""
+    logits = 3 * torch.randn(4, 3, 7, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([torch.softmax(logits[:, m].double(), dim=-1) for m in range(3)]).mean(dim=0).log()
+    torch.testing.assert_close(mean_belief(logits).double(), expected, rtol=1e-5, atol=1e-5)
+    geometric = torch.log_softmax(logits.double().mean(dim=1), dim=-1)
+    assert (expected - geometric).abs().max() > 0.1
