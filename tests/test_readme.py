@@ -116,7 +116,7 @@ def test_every_command_is_one_that_these_tests_know():
         r"python -m distill_trainer\.\w+.*",
         r"python -c .*",
         r"python tests/test_readme\.py",
-        r"python tests/benchmarks/(bench_\w+|ablation|native_teacher)\.py",
+        r"python tests/benchmarks/(bench_\w+|ablation|native_teacher)\.py( --\w+ \S+)*",
         r"pytest|ruff check \.|ruff format --check \.|mypy distill_trainer run_distillation\.py",
         r"export CUDA_VISIBLE_DEVICES=0",
     ]
