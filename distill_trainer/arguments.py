@@ -25,7 +25,7 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
         metadata={"help": "Weight of the KL from the teacher, 0 or above. 0 skips it.", "aliases": ["--alpha_kd"]},
     )
     feature_weight: float = field(
-        default=0.10, metadata={"help": "Weight of matching the last hidden states, 0 or above. 0 skips it."}
+        default=0.0, metadata={"help": "Weight of matching the last hidden states, 0 or above. 0 skips it."}
     )
     attention_weight: float = field(
         default=0.10, metadata={"help": "Weight of matching attention rows, 0 or above. 0 skips it."}
@@ -60,10 +60,10 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
         },
     )
     phase_boundaries: list[float] = field(
-        default_factory=lambda: [0.1, 0.2],
+        default_factory=lambda: [0.0, 0.0],
         metadata={
             "help": "Shares of the steps, 0 to 1, at which the attention and feature losses join KL and LM, and at "
-            "which all join."
+            "which all join. 0 0: all train from the start."
         },
     )
 

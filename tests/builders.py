@@ -289,7 +289,7 @@ def arguments(output_dir, **changes) -> DistillationArguments:
         "gradient_accumulation_steps": 1,
         "learning_rate": 1e-2,
         "router_learning_rate": 2e-2,
-        "phase_boundaries": [0.0, 0.0],
+        "feature_weight": 0.1,
         "final_top_k": 2,
         "max_length": MAX_LENGTH,
         "logging_steps": 1,

@@ -160,7 +160,7 @@ def tiny_trainer(folder: str, sides: tuple[str, str]) -> DistillationTrainer:
         per_device_train_batch_size=BATCH,
         gradient_accumulation_steps=1,
         max_steps=1,
-        phase_boundaries=[0.0, 0.0],
+        feature_weight=0.1,
         save_strategy="no",
         disable_tqdm=True,
         logging_strategy="no",
