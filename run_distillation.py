@@ -2,7 +2,6 @@
 
 import copy
 import errno
-import os
 import sys
 import time
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any
 
 import torch
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from distill_trainer import DataArguments, DistillationArguments, DistillationTrainer, ModelArguments, evaluate_models
 from distill_trainer.ablation import run_ablation
 from distill_trainer.ablation_file import read_ablation
 from distill_trainer.assembly import load_texts
+from distill_trainer.baseline import run_baseline, steps_of
 from distill_trainer.callbacks import check_reporters
 from distill_trainer.checkpoint import check_checkpoint
 from distill_trainer.errors import DistillationError
@@ -71,24 +70,6 @@ def run(names: ModelArguments, texts: DataArguments, args: DistillationArguments
         print(f"Pushed to {trainer.push_to_hub()}")
 
 
-def run_baseline(trainer: DistillationTrainer, student_before: torch.nn.Module) -> DistillationTrainer:
-    """Fine-tune a second copy of the student on the same batches, without a teacher."""
-    folder = os.path.join(trainer.args.output_dir, "baseline")
-    baseline = DistillationTrainer(
-        copy.deepcopy(student_before),
-        None,
-        trainer.args.lm_only(folder),
-        train_dataset=trainer.train_dataset,
-        eval_dataset=trainer.eval_dataset,
-        processing_class=trainer.student_tokenizer,
-        teacher_processing_class=trainer.teacher_tokenizer,
-    )
-    resumed = trainer.args.resume_from_checkpoint and os.path.isdir(folder)
-    baseline.train(resume_from_checkpoint=get_last_checkpoint(folder) if resumed else None)
-    baseline.save_model(_internal_call=True)
-    return baseline
-
-
 def evaluate(
     trainer: DistillationTrainer,
     names: ModelArguments,
@@ -115,7 +96,7 @@ def evaluate(
         baseline=baseline.args.output_dir if baseline else None,
         route=trainer.route if trainer.teacher and trainer.teacher.num_experts else None,
         benchmarks=benchmarks,
-        statistics={"datasets": texts.datasets}
+        statistics={"datasets": texts.datasets, "steps": steps_of(trainer, baseline)}
         | {name: trained.get(name) for name in ("anchor_fraction", "dropped")}
         | {f"train_{name}": trained.get(name) for name in ("documents", "bytes")},
         names={"student": args.output_dir, "teacher": names.teacher_model_name_or_path},

@@ -100,8 +100,10 @@ def _benchmarks(report: dict[str, Any]) -> str:
 def _tiles(report: dict[str, Any]) -> str:
     """The four figures that people ask for first, large."""
     compression, retention = report.get("compression") or {}, report.get("retention") or {}
+    closed = retention.get("gap_closed")
     tiles = (
-        (percent(retention.get("gap_closed")), "of the gap to the teacher closed"),
+        (percent(None if closed is None or closed < 0 else closed), "of the gap to the teacher closed"),
+        (percent(None if closed is None or closed >= 0 else -closed), "wider gap to the teacher"),
         (number(compression.get("parameter_ratio"), 1, "×"), "fewer parameters"),
         (percent(compression.get("size_reduction")), "smaller"),
         (number(compression.get("speedup"), 1, "×"), "the teacher's speed"),
