@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from distill_trainer.parsing import SETTINGS_FILE, settings_text
+
 ROLES = {
     "student_before": "student before",
     "baseline": "student, no teacher",
@@ -62,7 +64,29 @@ def command_line(report: dict[str, Any]) -> str:
     """The command that made the report, as it can be run again; empty where it is not known."""
     command = (report.get("environment") or {}).get("command") or ""
     words = command.split(maxsplit=1)
-    return f"python {command}" if words and words[0].endswith(".py") else command
+    return f"{_launcher(report)} {command}" if words and words[0].endswith(".py") else command
+
+
+def command_again(report: dict[str, Any]) -> str:
+    """The command that trains the same student from the settings that the run wrote."""
+    return f"{_launcher(report)} run_distillation.py {SETTINGS_FILE}"
+
+
+def _launcher(report: dict[str, Any]) -> str:
+    processes = (report.get("environment") or {}).get("processes") or 1
+    return "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
+
+
+def settings_of(report: dict[str, Any]) -> tuple[str, str]:
+    """A sentence on the run's settings, and these as a config file; both empty where they are not known."""
+    settings = (report.get("environment") or {}).get("settings")
+    if settings is None:
+        return "", ""
+    note = (
+        "All settings that are not the defaults, those of the file and of the flags. The run's folder holds them as "
+        f"{SETTINGS_FILE}, which trains the same student: {command_again(report)}"
+    )
+    return note, settings_text(settings)
 
 
 def outcome(report: dict[str, Any]) -> str:
