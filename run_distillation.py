@@ -2,7 +2,6 @@
 
 import copy
 import errno
-import os
 import sys
 import time
 from pathlib import Path
@@ -10,24 +9,24 @@ from typing import Any
 
 import torch
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from distill_trainer import DataArguments, DistillationArguments, DistillationTrainer, ModelArguments, evaluate_models
 from distill_trainer.ablation import run_ablation
 from distill_trainer.ablation_file import read_ablation
 from distill_trainer.assembly import load_texts
+from distill_trainer.baseline import run_baseline, steps_of
 from distill_trainer.callbacks import check_reporters
+from distill_trainer.card import write_model_card
 from distill_trainer.checkpoint import check_checkpoint
 from distill_trainer.errors import DistillationError
 from distill_trainer.evaluation.benchmarks import Benchmarks, load_benchmarks
-from distill_trainer.hub import write_model_card
 from distill_trainer.loading import load_causal_lm, load_tokenizer
-from distill_trainer.parsing import parse_arguments
+from distill_trainer.parsing import SETTINGS_FILE, parse_arguments, settings_text, training_settings
 from distill_trainer.report import headline_table, write_report
 
 
-def run(names: ModelArguments, texts: DataArguments, args: DistillationArguments) -> None:
-    """Load, train, train the baseline, evaluate, report and push."""
+def run(names: ModelArguments, texts: DataArguments, args: DistillationArguments, settings: dict[str, Any]) -> None:
+    """Load, train, train the baseline, evaluate, report and push. `settings` are those that were given."""
     started = time.monotonic()
     check_reporters(args.report_to)
     if args.resume_from_checkpoint:
@@ -49,16 +48,21 @@ def run(names: ModelArguments, texts: DataArguments, args: DistillationArguments
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(_internal_call=True)
     baseline = run_baseline(trainer, student_before) if args.run_baseline else None
-    if not args.skip_eval and trainer.is_world_process_zero():
-        test = list(splits["test"]["text"])
-        report = evaluate(trainer, names, texts, student_before, baseline, test, benchmarks, started)
-        page = write_report(
-            report,
-            trainer.state.log_history,
-            args.output_dir,
-            baseline_log_history=baseline.state.log_history if baseline else None,
-            phases=args.phase_boundaries,
-        )
+    if trainer.is_world_process_zero():
+        report: dict[str, Any] = {}
+        if not args.skip_eval:
+            test = list(splits["test"]["text"])
+            report = evaluate(trainer, names, texts, student_before, baseline, test, benchmarks, started)
+            report["environment"] |= {"processes": args.world_size, "settings": settings}
+            page = write_report(
+                report,
+                trainer.state.log_history,
+                args.output_dir,
+                baseline_log_history=baseline.state.log_history if baseline else None,
+                phases=args.phase_boundaries,
+            )
+            print(f"\n{headline_table(report)}\n\nReport: {page}")
+        Path(args.output_dir, SETTINGS_FILE).write_text(settings_text(settings), encoding="utf-8")
         write_model_card(
             args.output_dir,
             report,
@@ -66,27 +70,8 @@ def run(names: ModelArguments, texts: DataArguments, args: DistillationArguments
             teacher_name=names.teacher_model_name_or_path,
             datasets=texts.datasets,
         )
-        print(f"\n{headline_table(report)}\n\nReport: {page}")
-    if args.push_to_hub:
-        print(f"Pushed to {trainer.push_to_hub()}")
-
-
-def run_baseline(trainer: DistillationTrainer, student_before: torch.nn.Module) -> DistillationTrainer:
-    """Fine-tune a second copy of the student on the same batches, without a teacher."""
-    folder = os.path.join(trainer.args.output_dir, "baseline")
-    baseline = DistillationTrainer(
-        copy.deepcopy(student_before),
-        None,
-        trainer.args.lm_only(folder),
-        train_dataset=trainer.train_dataset,
-        eval_dataset=trainer.eval_dataset,
-        processing_class=trainer.student_tokenizer,
-        teacher_processing_class=trainer.teacher_tokenizer,
-    )
-    resumed = trainer.args.resume_from_checkpoint and os.path.isdir(folder)
-    baseline.train(resume_from_checkpoint=get_last_checkpoint(folder) if resumed else None)
-    baseline.save_model(_internal_call=True)
-    return baseline
+    if args.push_to_hub and (url := trainer.push_to_hub()):
+        print(f"Pushed to {url}")
 
 
 def evaluate(
@@ -115,7 +100,7 @@ def evaluate(
         baseline=baseline.args.output_dir if baseline else None,
         route=trainer.route if trainer.teacher and trainer.teacher.num_experts else None,
         benchmarks=benchmarks,
-        statistics={"datasets": texts.datasets}
+        statistics={"datasets": texts.datasets, "steps": steps_of(trainer, baseline)}
         | {name: trained.get(name) for name in ("anchor_fraction", "dropped")}
         | {f"train_{name}": trained.get(name) for name in ("documents", "bytes")},
         names={"student": args.output_dir, "teacher": names.teacher_model_name_or_path},
@@ -131,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
             for line in run_ablation(ablation):
                 print(line, flush=True)
         else:
-            run(*parse_arguments(arguments))
+            run(*parse_arguments(arguments), training_settings(arguments))
         return 0
     except DistillationError as error:
         message = str(error)

@@ -18,6 +18,9 @@ from distill_trainer.arguments import DistillationArguments
 from distill_trainer.errors import ConfigurationError
 from distill_trainer.input_arguments import DataArguments, ModelArguments
 
+# What `settings_text` is written to in a run's folder.
+SETTINGS_FILE = "training_config.yaml"
+
 
 class PlainLoader(yaml.BaseLoader):
     """Loader of YAML with all values as text, that refuses a name given twice with a `ValueError`."""
@@ -53,6 +56,17 @@ class SettingsParser(HfArgumentParser):
         Raises:
             ConfigurationError: If the file cannot be read, or a name or a value cannot be used; in one line.
         """
+        namespace = self.read_settings(argv)
+        try:
+            return self.parse_dict(vars(namespace), allow_extra_keys=True)
+        except ConfigurationError:
+            raise
+        except (ValueError, TypeError, ImportError, OSError) as error:
+            # TrainingArguments raises these for its own fields.
+            raise ConfigurationError(_one_line(error)) from error
+
+    def read_settings(self, argv: list[str] | None = None) -> Namespace:
+        """The values of all fields as they were given, or their defaults; see `parse_settings`."""
         flags = self._read_flags(sys.argv[1:] if argv is None else argv)
         given, words = self.parse_known_args(flags)
         files = [*words, *([given.config] if given.config is not None else [])]
@@ -66,13 +80,7 @@ class SettingsParser(HfArgumentParser):
             vars(namespace).update(structures)
             self.source = ""
         self.parse_known_args(flags, namespace)
-        try:
-            return self.parse_dict(vars(namespace), allow_extra_keys=True)
-        except ConfigurationError:
-            raise
-        except (ValueError, TypeError, ImportError, OSError) as error:
-            # TrainingArguments raises these for its own fields.
-            raise ConfigurationError(_one_line(error)) from error
+        return namespace
 
     def error(self, message: str) -> NoReturn:
         """Raise `message`, in our own words where it is about a wrong type."""
@@ -163,17 +171,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     Raises:
         ConfigurationError: If the file cannot be read, or a name or a value cannot be used; in one line.
     """
-    parser = SettingsParser([ModelArguments, DataArguments, DistillationArguments])
-    parser.add_argument(
-        "--use_wandb",
-        dest="report_to",
-        nargs="?",
-        const="true",
-        default=SUPPRESS,
-        type=lambda value: "wandb" if string_to_bool(value) else "none",
-        help="Short for --report_to wandb.",
-    )
-    model, text, training = parser.parse_settings(argv)
+    model, text, training = _parser().parse_settings(argv)
     if training.data_curriculum != "none" and (text.streaming or text.use_dynamic_batching):
         raise ConfigurationError(
             f"data_curriculum must be none with {'streaming' if text.streaming else 'use_dynamic_batching'}, "
@@ -199,6 +197,43 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{name} is given twice")
         mapping[name] = value
     return mapping
+
+
+def training_settings(argv: list[str] | None = None) -> dict[str, Any]:
+    """The settings that are not the defaults, as a config file holds them: what trains the same student again.
+
+    Without tokens, and without what publishes a run or continues one.
+
+    Args:
+        argv: See `parse_arguments`, which has accepted it.
+    """
+    parser = _parser()
+    defaults, given = vars(parser.read_settings([])), vars(parser.read_settings(argv))
+    elsewhere = ("config", "resume_from_checkpoint"), ("hub_", "push_to_hub")
+    return {
+        name: value
+        for name, value in given.items()
+        if value != defaults[name] and name not in elsewhere[0] and not name.startswith(elsewhere[1])
+    }
+
+
+def settings_text(settings: dict[str, Any]) -> str:
+    """The content of a config file with these settings."""
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _parser() -> SettingsParser:
+    parser = SettingsParser([ModelArguments, DataArguments, DistillationArguments])
+    parser.add_argument(
+        "--use_wandb",
+        dest="report_to",
+        nargs="?",
+        const="true",
+        default=SUPPRESS,
+        type=lambda value: "wandb" if string_to_bool(value) else "none",
+        help="Short for --report_to wandb.",
+    )
+    return parser
 
 
 def _yaml_value(value: Any) -> Any:

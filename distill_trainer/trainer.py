@@ -17,8 +17,8 @@ from distill_trainer.checkpoint import load_modules, save_modules
 from distill_trainer.curriculum import TEACHER_LOSS, CurriculumSampler, check_curriculum, with_teacher_losses
 from distill_trainer.data import DistillationCollator, prepare_dataset
 from distill_trainer.early_stopping import ResumableEarlyStoppingCallback
-from distill_trainer.errors import ConfigurationError
-from distill_trainer.hub import push_student
+from distill_trainer.errors import ConfigurationError, DistillationError
+from distill_trainer.hub import check_access, push_student
 from distill_trainer.loading import resolve
 from distill_trainer.modeling import STUDENT_PREFIX, DistillationModel, RoutedBatch
 from distill_trainer.router import routing_objective
@@ -318,12 +318,11 @@ class DistillationTrainer(Trainer):
     # The Hub
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Settle the repository's name, and fail now rather than after training if there is no token."""
-        from huggingface_hub import get_token
-
+        """Settle the repository's name, and fail now rather than after training if it cannot be written to."""
         self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).resolve().name
-        if not (token or self.args.hub_token or get_token()):
-            raise ConfigurationError("hub_token must be set with push_to_hub, got none. Or set HF_TOKEN.")
+        if self.is_world_process_zero():
+            access = {"token": token or self.args.hub_token, "private": self.args.hub_private_repo}
+            self.hub_model_id = check_access(self.hub_model_id, **access)
 
     def push_to_hub(self, commit_message: str | None = None, token: str | None = None, **kwargs: Any) -> str | None:
         """Upload the bare student with its tokenizer, card and report to `hub_model_id`; the URL on the first process.
@@ -340,7 +339,11 @@ class DistillationTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # A checkpoint of adapters holds no student that loads on its own.
         if self.args.hub_strategy != HubStrategy.END and not self.args.use_peft:
-            self._push(checkpoint_folder, f"Training in progress, step {self.state.global_step}")
+            try:
+                self._push(checkpoint_folder, f"Training in progress, step {self.state.global_step}")
+            except DistillationError as error:
+                # The training is worth more than this upload, and its end pushes again.
+                logger.warning(f"The training goes on, but step {self.state.global_step} was not pushed. {error}")
 
     def _push(self, folder: str, message: str, token: str | None = None) -> str | None:
         if not self.is_world_process_zero():

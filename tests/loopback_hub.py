@@ -4,8 +4,9 @@
         subprocess.run([...], env={**os.environ, **hub.environment(home)})
         hub.repositories["tester/student"].branches["main"]["config.json"]
 
-`WRITE_TOKEN` may write, `READ_TOKEN` may only read, any other token is unknown. `hub.fail("/commit/", 500, times=1)`
-makes the next request whose path holds that text fail.
+`WRITE_TOKEN` may write, `READ_TOKEN` may only read, `LIMITED_TOKEN` too but does not say so, and any other token is
+unknown. `hub.fail("/commit/", 500, times=1)` makes the next request whose path holds that text fail, and
+`hub.hold("/commit/")` gives an event that is set when such a request has come, which then gets no answer.
 """
 
 import base64
@@ -19,8 +20,12 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 USER = "tester"
+# Where the user may write, and an organization of which they may only read.
+OWN, READ_ONLY_ORGANIZATION = ("tester", "team"), "library"
 WRITE_TOKEN = "hf_loopback_write"
 READ_TOKEN = "hf_loopback_read"
+LIMITED_TOKEN = "hf_loopback_limited"
+ROLES = {WRITE_TOKEN: "write", READ_TOKEN: "read", LIMITED_TOKEN: "fineGrained"}
 
 
 @dataclass
@@ -66,18 +71,26 @@ class LoopbackHub(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.failures: list[list] = []
+        self.holds: list[tuple[str, threading.Event]] = []
+        self.closing = threading.Event()
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
     def __exit__(self, *exception):
+        self.closing.set()
         self.shutdown()
         self.server_close()
 
     def fail(self, path_part: str, status: int, times: int = 1) -> None:
         """Answer the next `times` requests whose path holds `path_part` with `status`."""
         self.failures.append([path_part, status, times])
+
+    def hold(self, path_part: str) -> threading.Event:
+        """Never answer requests whose path holds `path_part`, until `hub.holds` is cleared; set when one has come."""
+        self.holds.append((path_part, threading.Event()))
+        return self.holds[-1][1]
 
     def environment(self, home: str | Path, token: str | None = WRITE_TOKEN) -> dict[str, str]:
         """Variables that point `huggingface_hub` of a new process at this server, with its cache in `home`."""
@@ -105,6 +118,10 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self.read_body()
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append(f"{self.command} {path}")
+        for part, arrived in self.server.holds:
+            if part in path:
+                arrived.set()
+                self.server.closing.wait()
         try:
             for failure in self.server.failures:
                 if failure[0] in path and failure[2] > 0:
@@ -144,15 +161,17 @@ class Handler(BaseHTTPRequestHandler):
     def token(self) -> str:
         return self.headers.get("Authorization", "").removeprefix("Bearer ")
 
-    def may_write(self):
-        if self.token() not in (WRITE_TOKEN, READ_TOKEN):
+    def may_write(self, namespace: str | None = None):
+        if self.token() not in ROLES:
             raise RefusedError(401, "Invalid credentials in Authorization header")
         if self.token() != WRITE_TOKEN:
             raise RefusedError(403, "you must use a write token")
+        if namespace is not None and namespace not in OWN:
+            raise RefusedError(403, f"no rights to write under {namespace}")
 
     def readable(self, repo_id: str) -> Repository:
         repository = self.server.repositories.get(repo_id)
-        known = self.token() in (WRITE_TOKEN, READ_TOKEN)
+        known = self.token() in ROLES
         if repository is None or (repository.private and not known):
             raise RefusedError(404 if known else 401, "Repository not found", "RepoNotFound")
         return repository
@@ -164,17 +183,17 @@ class Handler(BaseHTTPRequestHandler):
         return files
 
     def whoami(self):
-        if self.token() not in (WRITE_TOKEN, READ_TOKEN):
+        if self.token() not in ROLES:
             raise RefusedError(401, "Invalid credentials in Authorization header")
-        role = "write" if self.token() == WRITE_TOKEN else "read"
-        return ({"type": "user", "name": USER, "auth": {"accessToken": {"role": role}}},)
+        role = ROLES[self.token()]
+        roles = {"team": "write", READ_ONLY_ORGANIZATION: "read"}
+        orgs = [{"name": name, "roleInOrg": may} for name, may in roles.items()]
+        return ({"type": "user", "name": USER, "orgs": orgs, "auth": {"accessToken": {"role": role}}},)
 
     def create(self):
-        self.may_write()
         request = json.loads(self.body)
         repo_id = f"{request.get('organization') or USER}/{request['name']}"
-        if repo_id.split("/")[0] != USER:
-            raise RefusedError(403, f"no rights to create under {repo_id.split('/')[0]}")
+        self.may_write(repo_id.split("/")[0])
         private = request.get("visibility") == "private" or bool(request.get("private"))
         answer = {"url": f"{self.server.url}/{repo_id}", "name": repo_id}
         if repo_id in self.server.repositories:
@@ -184,7 +203,7 @@ class Handler(BaseHTTPRequestHandler):
         return (answer,)
 
     def branch(self, repo_id: str, name: str):
-        self.may_write()
+        self.may_write(repo_id.split("/")[0])
         branches = self.readable(repo_id).branches
         if name in branches:
             raise RefusedError(409, "Reference already exists")
@@ -201,7 +220,7 @@ class Handler(BaseHTTPRequestHandler):
         return ({"errors": [], "warnings": []},)
 
     def preupload(self, repo_id: str, revision: str):
-        self.may_write()
+        self.may_write(repo_id.split("/")[0])
         self.files(repo_id, revision)
         modes = []
         for file in json.loads(self.body)["files"]:
@@ -210,7 +229,7 @@ class Handler(BaseHTTPRequestHandler):
         return ({"files": modes},)
 
     def lfs_batch(self, repo_id: str):
-        self.may_write()
+        self.may_write(repo_id.split("/")[0])
         self.readable(repo_id)
         objects = []
         for item in json.loads(self.body)["objects"]:
@@ -234,7 +253,7 @@ class Handler(BaseHTTPRequestHandler):
         return ({},)
 
     def commit(self, repo_id: str, revision: str):
-        self.may_write()
+        self.may_write(repo_id.split("/")[0])
         self.files(repo_id, revision)
         repository = self.server.repositories[repo_id]
         files = dict(repository.branches[revision])

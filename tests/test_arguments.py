@@ -4,11 +4,12 @@ import os
 import re
 
 import pytest
+import yaml
 
 from distill_trainer.arguments import DistillationArguments
 from distill_trainer.errors import ConfigurationError
 from distill_trainer.input_arguments import DataArguments, ModelArguments
-from distill_trainer.parsing import parse_arguments
+from distill_trainer.parsing import parse_arguments, training_settings
 
 KINDS = (ModelArguments, DataArguments, DistillationArguments)
 
@@ -443,3 +444,33 @@ def test_a_teacher_is_needed_unless_lm_is_the_only_loss():
     assert not DistillationArguments(**none).has_teacher_losses()
     for name in none:
         assert DistillationArguments(**{**none, name: 0.5}).has_teacher_losses()
+
+
+GIVEN = {
+    "nothing": [],
+    "numbers": ["--learning_rate", "1e-3", "--max_steps", "6", "--bf16", "false", "--weight_decay", "1e-7"],
+    "lists": ["--layer_map", "1:2", "2:3", "--datasets", "a b.txt", "no", "--router_layers", "1", "3"],
+    "none of a list": ["--router_parts", "none", "--feature_layers", "0"],
+    "texts that YAML would read otherwise": ["--save_strategy", "no", "--run_name", "1e3", "--text_column", "null "],
+    "structures": ["--lr_scheduler_kwargs", '{"num_cycles": 0.5}', "--lr_scheduler_type", "cosine"],
+    "aliases": ["--use-wandb", "--batch-size", "3", "--alpha_kd=0.5"],
+    "a file and a flag": ["run.json", "--seed", "7"],
+}
+
+
+@pytest.mark.parametrize("argv", GIVEN.values(), ids=GIVEN)
+def test_the_settings_of_a_run_as_a_file_train_the_same_again(argv):
+    write("run.json", '{"metric_for_best_model": null, "alpha_kd": 0.8, "lm_eval_tasks": ["a", "b"], "seed": 3}')
+    settings = training_settings(argv)
+    assert bool(settings) == bool(argv)
+    again = write("training_config.yaml", yaml.safe_dump({"output_dir": "trainer_output"} | settings))
+    for first, second in zip(parse_arguments(argv), parse_arguments([again]), strict=True):
+        # Another object each time.
+        first, second = ({k: v for k, v in vars(part).items() if k != "distributed_state"} for part in (first, second))
+        assert {k: str(v) for k, v in first.items()} == {k: str(v) for k, v in second.items()}
+
+
+def test_the_settings_of_a_run_hold_no_token_and_do_not_publish_or_resume_it():
+    write("run.yaml", "hub_token: hf_secret\nmax_steps: 5\nhub_private_repo: true\n")
+    argv = ["run.yaml", "--push_to_hub", "true", "--hub_model_id", "a/b", "--resume", "out/checkpoint-1"]
+    assert training_settings(argv) == {"max_steps": 5}

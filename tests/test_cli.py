@@ -1,6 +1,8 @@
 import errno
+import html
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from builders import ASSETS, tiny_llama
 from datasets import Dataset
 from huggingface_hub import constants
-from loopback_hub import LoopbackHub
+from loopback_hub import READ_TOKEN, WRITE_TOKEN, LoopbackHub, Repository
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -26,6 +29,7 @@ from transformers import (
 import run_distillation
 from distill_trainer.documents import load_sotu
 from distill_trainer.evaluation import benchmarks
+from distill_trainer.hub import main
 
 ROOT = Path(__file__).parents[1]
 NUM_DOCUMENTS = 8
@@ -315,10 +319,54 @@ def test_a_negative_seed_is_refused(capfd, texts):
     assert "seed must be 0 or above, got -1" in refused(capfd, flags(texts, seed=-1), silent=True)
 
 
-def test_pushing_without_a_token_is_refused_before_training(capfd, monkeypatch, texts):
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "no-token")
-    assert "hub_token must be set with push_to_hub" in refused(capfd, flags(texts, push_to_hub="true"))
+NOT_TO_PUSH = {
+    "no token": ("", {}, "A token must be set to push to out, got none. Set HF_TOKEN or hub_token"),
+    "a read-only token": (READ_TOKEN, {}, "The token must have write access to tester/out, got a read-only token"),
+    "an unknown token": ("hf_unknown", {}, "The token must have write access to out, got HTTP 401"),
+    "another's name": (WRITE_TOKEN, {"hub_model_id": "stranger/a"}, "The repository must be under tester or team"),
+    "no name": (WRITE_TOKEN, {"hub_model_id": "a b"}, "repo_id must be a valid name, got 'a b'"),
+    "a public repository": (
+        WRITE_TOKEN,
+        {"hub_model_id": "team/public", "hub_private_repo": "true"},
+        "team/public must be private or new to push to it privately",
+    ),
+}
+
+
+@pytest.mark.parametrize(("token", "settings", "message"), NOT_TO_PUSH.values(), ids=NOT_TO_PUSH)
+def test_what_could_not_be_pushed_is_refused_before_training(hub, capfd, monkeypatch, texts, token, settings, message):
+    monkeypatch.setenv("HF_TOKEN", token)
+    hub.repositories["team/public"] = Repository()
+    assert message in refused(capfd, flags(texts, push_to_hub="true", **settings))
+    assert hub.repositories.keys() == {"team/public"}
+
+
+def test_a_hub_that_is_down_is_told_before_training(hub, capfd, texts):
+    hub.fail("/api/whoami-v2", 503, times=3)
+    message = refused(capfd, flags(texts, push_to_hub="true"))
+    assert message.endswith("Try later, or train without push_to_hub and push the run afterwards.")
+
+
+def test_a_hub_that_fails_while_training_does_not_end_it(hub, tmp_path, texts):
+    hub.fail("/commit/", 503, times=3)
+    saving = {"save_strategy": "steps", "save_steps": 1, "hub_strategy": "every_save", "skip_eval": "true"}
+    assert run_distillation.main(flags(texts, push_to_hub="true", **saving)) == 0
+    repository = hub.repositories["tester/out"]
+    assert repository.messages == ["Training in progress, step 2", "Upload the distilled student"]
+    assert repository.branches["main"]["model.safetensors"] == (tmp_path / "out/model.safetensors").read_bytes()
+
+
+def test_a_hub_that_fails_after_training_ends_in_the_command_for_later(hub, capfd, texts):
+    hub.fail("/commit/", 503, times=3)
+    assert run_distillation.main(flags(texts, push_to_hub="true", hub_private_repo="true", skip_eval="true")) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: The Hub must accept the upload to tester/out, got HTTP 503")
+    words = shlex.split(last.partition("Push the run again: python -m distill_trainer.hub ")[2])
+    assert words == ["push", "out", "tester/out", "--private"]
+    main(words)
+    assert {"model.safetensors", "README.md", "training_config.yaml"} <= hub.repositories["tester/out"].branches[
+        "main"
+    ].keys()
 
 
 @pytest.mark.parametrize(
@@ -386,6 +434,19 @@ def test_the_headline_and_the_reports_path_are_printed(reported_run):
     assert printed.endswith(f"Report: {output / 'report/report.html'}")
 
 
+def test_the_settings_that_a_run_wrote_train_the_same_student(reported_run):
+    output, report, _ = reported_run
+    config = output / "training_config.yaml"
+    changes = ["--output_dir", "again", "--skip_eval", "true", "--run_baseline", "false"]
+    assert run_distillation.main([str(config), *changes]) == 0
+    assert equal(weights("again"), weights(output))
+    assert yaml.safe_load(config.read_text()) == report["environment"]["settings"]
+    for page in ("report.html", "report.md"):
+        # What the command's file held, and a flag that won over it.
+        text = html.unescape((output / "report" / page).read_text())
+        assert "temperature: 5.0\n" in text and "per_device_train_batch_size: 2\n" in text
+
+
 def test_the_output_folder_is_a_plain_student_that_trained(reported_run, documents):
     output, report, _ = reported_run
     student = AutoModelForCausalLM.from_pretrained(output)
@@ -422,6 +483,8 @@ def saving_run(tmp_path_factory, texts):
 
 def test_a_run_without_evaluation_writes_a_student_and_no_report(saving_run):
     assert (saving_run / "model.safetensors").exists() and not (saving_run / "report").exists()
+    assert "## Results" not in (saving_run / "README.md").read_text()
+    assert "max_steps: 2\n" in (saving_run / "training_config.yaml").read_text()
 
 
 def test_a_resumed_command_ends_where_the_uninterrupted_one_ended(tmp_path, texts, saving_run):
@@ -500,6 +563,8 @@ def test_the_process_itself_trains_reports_and_publishes_the_bare_student(tmp_pa
         assert done.stdout.endswith(f"Pushed to {hub.url}/tester/tiny\n")
         published = hub.repositories["tester/tiny"].branches["main"]
     wanted = {"config.json", "model.safetensors", "tokenizer.json", "README.md", "report/report.html"}
+    wanted |= {"generation_config.json", "tokenizer_config.json", "report/report.json", "training_config.yaml"}
     assert wanted <= published.keys()
     assert not {name for name in published if "distillation_modules" in name or "training_args" in name}
+    assert b'from_pretrained("tester/tiny")' in published["README.md"]
     assert published["model.safetensors"] == (tmp_path / "out/model.safetensors").read_bytes()

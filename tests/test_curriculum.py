@@ -10,12 +10,12 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import BatchSampler
 from transformers import TrainerState
 
+from distill_trainer.baseline import run_baseline
 from distill_trainer.curriculum import TEACHER_LOSS, CurriculumSampler, with_teacher_losses
 from distill_trainer.data import DistillationCollator
 from distill_trainer.errors import ConfigurationError, UnsupportedModelError
 from distill_trainer.schedules import LOSS_NAMES, competence
 from distill_trainer.trainer import DistillationTrainer
-from run_distillation import run_baseline
 
 SIZE = 200
 

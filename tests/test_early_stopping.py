@@ -1,7 +1,10 @@
+import copy
+
 import pytest
-from builders import arguments, logged, tiny_trainer
+from builders import arguments, logged, tiny_llama, tiny_trainer
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from distill_trainer.baseline import run_baseline, steps_of
 from distill_trainer.early_stopping import ResumableEarlyStoppingCallback
 from distill_trainer.errors import ConfigurationError
 from distill_trainer.parsing import parse_arguments
@@ -65,6 +68,27 @@ def test_a_student_that_falls_apart_stops_and_its_best_checkpoint_is_loaded(tmp_
     # Fewer bits are better: a Trainer that is told nothing takes the largest value of a metric that is no loss.
     assert trainer.state.best_metric == min(curve) < curve[-1]
     assert trainer.evaluate()["eval_bits_per_byte"] == pytest.approx(min(curve), rel=1e-6)
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_the_report_knows_where_each_training_stopped_by_its_own_evaluations(tmp_path, best):
+    settings = {"max_steps": 6, "rows": 100, "early_stopping_patience": 1, "load_best_model_at_end": best}
+    student = tiny_llama()
+    before = copy.deepcopy(student)
+    trainer = tiny_trainer(tmp_path, student=student, **settings, **FALLING_APART)
+    trainer.train()
+    # The baseline gets better each time, to its end.
+    trainer.args.learning_rate = 1e-4
+    baseline = run_baseline(trainer, before)
+    steps = steps_of(trainer, baseline)
+    curve = logged(trainer, "eval_bits_per_byte")
+    scored = curve.index(min(curve)) + 1 if best else len(curve)
+    assert steps == {
+        "planned": 6,
+        "student": {"ended": stop_after(curve, 1, 0.0), "scored": scored},
+        "baseline": {"ended": 6, "scored": 6},
+    }
+    assert len(curve) < 6 and steps_of(trainer, None)["baseline"] is None
 
 
 class StopAt(TrainerCallback):

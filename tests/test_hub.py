@@ -1,32 +1,25 @@
-import importlib
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, close_session
-from loopback_hub import READ_TOKEN, WRITE_TOKEN, LoopbackHub
-from safetensors.torch import load_file
+from loopback_hub import LIMITED_TOKEN, READ_TOKEN, WRITE_TOKEN, LoopbackHub, Repository
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from distill_trainer import hub as hub_module
+from distill_trainer.card import write_model_card
 from distill_trainer.errors import ConfigurationError, DistillationError
-from distill_trainer.hub import main, push_student, write_model_card
+from distill_trainer.hub import check_access, main, push_student
 
 ROOT = Path(__file__).parents[1]
-REPORT = {
-    "schema": 1,
-    "teacher": {"name": "org/teacher", "parameters": 9000, "bits_per_byte": 1.9, "word_perplexity": 40.0},
-    "student_before": {"parameters": 1234, "bits_per_byte": 3.0, "word_perplexity": 1500.0},
-    "student": {"parameters": 1234, "bits_per_byte": 2.25, "word_perplexity": 60.5, "token_perplexity": 31.0},
-    "baseline": {"parameters": 1234, "bits_per_byte": 2.4, "word_perplexity": None},
-    "environment": {"command": "run_distillation.py demo.yaml --hub_token hf_secret --seed 1"},
-}
+REPORT = {"student": {"bits_per_byte": 2.25, "word_perplexity": 60.5}}
 UNPUBLISHED = (
     "distillation_modules.safetensors",
     "training_args.bin",
@@ -48,6 +41,11 @@ def write(path: Path, text: str = "{}") -> None:
     path.write_text(text)
 
 
+def write_base(folder: Path) -> str:
+    write(folder / "README.md", "---\nlicense: mit\n---\n")
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
     """Output folder of a run, with everything in it that a run leaves behind."""
@@ -56,38 +54,24 @@ def finished_run(tmp_path_factory):
     config = LlamaConfig(
         vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    student = LlamaForCausalLM(config)
+    student.generation_config.update(do_sample=True, top_k=7)
+    student.save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
-    for name in (*UNPUBLISHED, "report/report.json", "report/plots/loss.png"):
+    for name in (*UNPUBLISHED, "report/report.json", "report/report.html", "report/bits_per_byte.svg"):
         write(folder / name)
-    names = {"student_name": "org/base", "teacher_name": "org/teacher", "datasets": ["Salesforce/wikitext"]}
-    write_model_card(folder, REPORT, **names, repo_id="tester/tiny-student")
+    write(folder / "training_config.yaml", "max_steps: 2")
+    sources = {role: write_base(folder.parent / role) for role in ("student_name", "teacher_name")}
+    write_model_card(folder, REPORT, **sources, datasets=["Salesforce/wikitext"])
     return folder
 
 
 @pytest.fixture
 def run_folder(finished_run, tmp_path):
     return shutil.copytree(finished_run, tmp_path / "tiny-student")
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A loopback Hub to which this process's `huggingface_hub` is pointed, with a write token in HF_TOKEN."""
-    constants = importlib.import_module("huggingface_hub.constants")
-    with LoopbackHub() as server:
-        for name, value in server.environment(tmp_path / "home").items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setattr(hub_module, "RETRY_WAITS", (0, 0))
-        close_session()
-        yield server
-        close_session()
 
 
 def published(hub, repo_id="tester/tiny-student", branch="main"):
@@ -98,12 +82,13 @@ LOAD = """
 import json, re, sys
 from huggingface_hub import hf_hub_download
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 card = open(hf_hub_download("tester/tiny-student", "README.md")).read()
 exec(re.search("```python\\n(.*?)```", card, re.DOTALL).group(1))
 model, info = AutoModelForCausalLM.from_pretrained("tester/tiny-student", output_loading_info=True)
 save_file(model.state_dict(), sys.argv[1])
+assert GenerationConfig.from_pretrained("tester/tiny-student").top_k == 7
 print(json.dumps({key: sorted(value) for key, value in info.items() if value}))
 """
 
@@ -130,7 +115,10 @@ def test_only_the_bare_student_its_card_and_its_report_are_published(hub, run_fo
     assert push_student(run_folder) == f"{hub.url}/tester/tiny-student"
     everything = {path.relative_to(run_folder).as_posix() for path in run_folder.rglob("*") if path.is_file()}
     assert set(published(hub)) == everything - set(UNPUBLISHED)
-    assert {"model.safetensors", "README.md", "report/plots/loss.png"} <= set(published(hub))
+    files = published(hub)
+    assert all(files[name] == (run_folder / name).read_bytes() for name in files if name != "README.md")
+    wanted = {"generation_config.json", "tokenizer.json", "training_config.yaml", "README.md"}
+    assert wanted | {"report/report.html", "report/report.json", "report/bits_per_byte.svg"} <= files.keys()
     assert not hub.repositories["tester/tiny-student"].private
     assert len(hub.repositories["tester/tiny-student"].messages) == 1
 
@@ -152,19 +140,44 @@ def test_a_revision_is_created_and_leaves_main_alone(hub, run_folder):
     assert published(hub) == {}
 
 
-@pytest.mark.parametrize("path", ["/api/repos/create", "/preupload/", "/lfs/upload/", "/commit/"])
+def test_the_pushed_card_names_the_repository_and_the_folders_own_stays(hub, run_folder):
+    card = (run_folder / "README.md").read_text()
+    assert card.count("tiny-student") == 4
+    for repo_id in ("other-name", "team/third"):
+        push_student(run_folder, repo_id)
+        full = repo_id if "/" in repo_id else f"tester/{repo_id}"
+        pushed = published(hub, full)["README.md"].decode()
+        assert pushed.count(f'from_pretrained("{full}")') == 2 and "tiny-student" not in pushed
+        assert f"\n# {full.split('/')[1]}\n" in pushed and f"- name: {full.split('/')[1]}\n" in pushed
+    assert (run_folder / "README.md").read_text() == card
+
+
+def test_a_folder_without_card_report_and_settings_is_pushed_all_the_same(hub, run_folder):
+    for name in ("README.md", "training_config.yaml"):
+        (run_folder / name).unlink()
+    shutil.rmtree(run_folder / "report")
+    push_student(run_folder)
+    assert {"model.safetensors", "tokenizer.json"} <= published(hub).keys()
+
+
+@pytest.mark.parametrize("path", ["/api/whoami-v2", "/api/repos/create", "/preupload/", "/lfs/upload/", "/commit/"])
 def test_one_server_error_is_survived(hub, run_folder, path):
     hub.fail(path, 500, times=1)
     push_student(run_folder)
     assert "model.safetensors" in published(hub)
 
 
-def test_a_server_that_keeps_failing_is_reported_in_one_line(hub, run_folder):
+def test_a_server_that_keeps_failing_is_reported_in_one_line_with_the_command_for_later(hub, run_folder):
     hub.fail("/api/repos/create", 503, times=100)
     with pytest.raises(DistillationError, match=r"^The Hub must accept .* got HTTP 503 \(.*503\)") as error:
-        push_student(run_folder, "tester/name")
+        push_student(run_folder, "tester/name", private=True)
+    command = f"python -m distill_trainer.hub push {run_folder} tester/name --private"
+    assert str(error.value).endswith(f"). Push the run again: {command}")
     assert "\n" not in str(error.value) and not isinstance(error.value, ConfigurationError)
     assert sum("create" in request for request in hub.requests) == 3
+    hub.failures.clear()
+    main(command.split()[3:])
+    assert hub.repositories["tester/name"].private and "model.safetensors" in published(hub, "tester/name")
 
 
 def test_a_hub_that_cannot_be_reached_is_reported_in_one_line(hub, run_folder):
@@ -174,18 +187,48 @@ def test_a_hub_that_cannot_be_reached_is_reported_in_one_line(hub, run_folder):
         push_student(run_folder, "tester/name")
 
 
+@pytest.mark.parametrize("path", ["/lfs/upload/", "/commit/"])
+def test_a_push_that_is_killed_leaves_the_repository_as_it_was_and_the_next_one_fills_it(hub, run_folder, path):
+    push_student(run_folder)
+    before = dict(published(hub))
+    weights = load_file(run_folder / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, run_folder / "model.safetensors", {"format": "pt"})
+    write(run_folder / "config.json", (run_folder / "config.json").read_text() + "\n")
+    arrived = hub.hold(path)
+    command = [sys.executable, "-m", "distill_trainer.hub", "push", str(run_folder), "tiny-student"]
+    # `hub` has pointed the environment at itself.
+    process = subprocess.Popen(command, cwd=ROOT)
+    try:
+        assert arrived.wait(100)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert published(hub) == before
+    hub.holds.clear()
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (again.returncode, again.stdout) == (0, f"{hub.url}/tester/tiny-student\n"), again.stderr
+    assert published(hub).keys() == before.keys()
+    for name in ("model.safetensors", "config.json"):
+        assert published(hub)[name] == (run_folder / name).read_bytes() != before[name]
+
+
 @pytest.mark.parametrize(
     "token, repo_id, message",
     [
-        ("", "tester/name", "token must be set to push, got none"),
+        ("", "tester/name", "A token must be set to push to tester/name, got none. Set HF_TOKEN"),
         (
             READ_TOKEN,
-            "tester/name",
-            r"token must have write access to tester/name, got HTTP 403 \(you must use a write",
+            "name",
+            "The token must have write access to tester/name, got a read-only token of tester. Set HF_TOKEN .* to one",
         ),
-        (READ_TOKEN, "name", "token must have write access to name, got HTTP 403"),
-        (WRITE_TOKEN, "stranger/name", "token must have write access to stranger/name, got HTTP 403"),
-        ("hf_unknown", "tester/name", "token must have write access to tester/name, got HTTP 401"),
+        (LIMITED_TOKEN, "name", r"The token must have write access to name, got HTTP 403 \(you must use a write"),
+        ("hf_unknown", "tester/name", "The token must have write access to tester/name, got HTTP 401"),
+        (
+            WRITE_TOKEN,
+            "stranger/name",
+            "The repository must be under tester or team, where the token may write, got stranger/name. Give another",
+        ),
+        (WRITE_TOKEN, "library/name", "The repository must be under tester or team, where .* got library/name"),
         (WRITE_TOKEN, "a/b/c", "repo_id must be a valid name, got 'a/b/c'"),
         (WRITE_TOKEN, "tester/my student", "repo_id must be a valid name, got 'tester/my student'"),
     ],
@@ -199,14 +242,58 @@ def test_what_the_user_can_mend_ends_in_one_line_and_exit_code_2(
     with pytest.raises(SystemExit) as ended:
         main(["push", str(run_folder), repo_id])
     assert ended.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and re.fullmatch(f"error: .*{message}.*\n", printed.err)
     assert hub.repositories == {}
+    if token != LIMITED_TOKEN:  # whose rights show at the first write only
+        with pytest.raises(ConfigurationError, match=message):
+            check_access(repo_id)
 
 
-def test_a_read_token_cannot_write_to_a_repository_that_exists(hub, run_folder):
-    push_student(run_folder)
-    with pytest.raises(ConfigurationError, match="token must have write access to tester/tiny-student, got HTTP 403"):
-        push_student(run_folder, "tester/tiny-student", token=READ_TOKEN)
+@pytest.mark.parametrize("owner", ["tester", "stranger"])
+def test_a_repository_that_exists_and_may_not_be_written_to_is_left_alone(hub, run_folder, owner):
+    hub.repositories[f"{owner}/taken"] = taken = Repository()
+    taken.branches["main"]["config.json"] = b"another model"
+    token, words = {
+        "tester": (READ_TOKEN, "The token must have write access to tester/taken"),
+        "stranger": (WRITE_TOKEN, "The repository must be under tester or team"),
+    }[owner]
+    with pytest.raises(ConfigurationError, match=words):
+        push_student(run_folder, f"{owner}/taken", token=token)
+    assert taken.branches == {"main": {"config.json": b"another model"}}
+
+
+def test_what_shall_be_private_is_not_pushed_to_a_public_repository(hub, run_folder):
+    push_student(run_folder, "name", private=True)
+    push_student(run_folder, "name", private=True)
+    assert hub.repositories["tester/name"].private
+    hub.repositories["tester/name"] = Repository()
+    with pytest.raises(ConfigurationError, match="tester/name must be private or new .* but it exists and is public"):
+        push_student(run_folder, "name", private=True)
+    assert published(hub, "tester/name") == {}
+    push_student(run_folder, "name", private=False)
+    assert "model.safetensors" in published(hub, "tester/name")
+
+
+def test_asking_for_access_completes_the_name_and_writes_nothing(hub):
+    assert check_access("name") == "tester/name" and check_access("team/name", private=True) == "team/name"
+    assert hub.repositories == {} and all(request.startswith("GET ") for request in hub.requests)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["push"], "the following arguments are required: RUN_DIR"),
+        (["pull", "out"], "invalid choice: 'pull'"),
+        (["push", "nowhere", "name"], "folder must be one that exists, got nowhere. Give the output folder of a run."),
+        (["push", __file__, "name"], "folder must be one that exists, got .*test_hub.py"),
+    ],
+)
+def test_a_command_that_cannot_work_ends_in_one_line_and_exit_code_2(hub, capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err)
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize(
@@ -214,6 +301,7 @@ def test_a_read_token_cannot_write_to_a_repository_that_exists(hub, run_folder):
     [
         ("config.json", None, "without config.json. Give the output folder of a run"),
         ("model.safetensors", None, "without model.safetensors. Give"),
+        ("tokenizer_config.json", None, "without tokenizer_config.json. Give"),
         ("model.safetensors", "adapter_config.json", "Merge its LoRA adapter with export_student first"),
     ],
 )
@@ -234,46 +322,16 @@ def test_a_missing_shard_is_named(hub, run_folder):
         push_student(run_folder)
 
 
-def test_a_report_that_holds_the_token_is_not_published(hub, run_folder):
-    write(run_folder / "report" / "report.json", json.dumps({"command": f"--hub_token {WRITE_TOKEN}"}))
-    with pytest.raises(ConfigurationError, match="report.json must not hold the token"):
+def test_the_process_itself_prints_one_line(tmp_path):
+    command = [sys.executable, "-m", "distill_trainer.hub", "push", "nowhere"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: folder must be one that exists, got nowhere. Give the output folder of a run.\n"
+
+
+@pytest.mark.parametrize("name", ["report/report.json", "training_config.yaml", "README.md"])
+def test_a_file_that_holds_the_token_is_not_published(hub, run_folder, name):
+    write(run_folder / name, json.dumps({"command": f"--hub_token {WRITE_TOKEN}"}))
+    with pytest.raises(ConfigurationError, match=f"{name} must not hold the token"):
         push_student(run_folder)
     assert hub.requests == []
-
-
-def test_the_card_holds_the_metadata_and_the_figures(finished_run):
-    card = ModelCard.load(finished_run / "README.md")
-    metadata = card.data.to_dict()
-    assert metadata["library_name"] == "transformers"
-    assert metadata["base_model"] == "org/base"
-    assert metadata["datasets"] == ["Salesforce/wikitext"]
-    assert {"distillation", "mixture-of-experts"} <= set(metadata["tags"])
-    (index,) = metadata["model-index"]
-    assert index["name"] == "tiny-student"
-    metrics = {metric["type"]: metric for metric in index["results"][0]["metrics"]}
-    assert {name: metric["value"] for name, metric in metrics.items()} == {"bits_per_byte": 2.25, "perplexity": 60.5}
-    assert all(metric["verified"] is False for metric in metrics.values())
-    assert [line for line in card.text.splitlines() if line.startswith("| ")] == [
-        "| | bits per byte | word perplexity | parameters |",
-        "| Before training | 3.0000 | 1,500.00 | 1,234 |",
-        "| Fine-tuned on the same text without a teacher | 2.4000 | - | 1,234 |",
-        "| **This model** | 2.2500 | 60.50 | 1,234 |",
-        "| Teacher | 1.9000 | 40.00 | 9,000 |",
-    ]
-    assert "[org/teacher](https://huggingface.co/org/teacher)" in card.text
-    assert "run_distillation.py demo.yaml --hub_token <hidden> --seed 1" in card.text
-
-
-def test_a_card_needs_no_figures_and_keeps_local_paths_out(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    report = {"student": {"bits_per_byte": None, "word_perplexity": float("inf")}, "baseline": None}
-    write(tmp_path / "private" / "base" / "config.json")
-    local = {"student_name": "private/base", "teacher_name": "~/private/teacher"}
-    path = write_model_card(tmp_path, report, **local, datasets=["sotu", "./private/a.jsonl"], license="mit")
-    card = ModelCard.load(path)
-    metadata = card.data.to_dict()
-    assert metadata["license"] == "mit"
-    assert not {"base_model", "datasets", "model-index", "model_name"} & metadata.keys()
-    assert "private" not in path.read_text()
-    assert "The student `base`, trained on `sotu`, `a.jsonl` and distilled" in card.text
-    assert "## Training" not in card.text and "Fine-tuned" not in card.text

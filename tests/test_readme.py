@@ -13,13 +13,14 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_distillation
-from distill_trainer import hub, losses
+from distill_trainer import losses
 from distill_trainer.ablation_file import read_ablation
 from distill_trainer.alignment import anchor_pairs
 from distill_trainer.arguments import DistillationArguments
 from distill_trainer.demo import ASSETS
 from distill_trainer.documents import load_sotu
 from distill_trainer.evaluation_arguments import EvaluationArguments
+from distill_trainer.hub import push
 from distill_trainer.input_arguments import DataArguments, ModelArguments
 from distill_trainer.parsing import SettingsParser, parse_arguments
 from distill_trainer.schedules import LOSS_NAMES
@@ -230,8 +231,8 @@ def test_the_modules_that_are_started_exist_and_the_push_passes_its_arguments_on
     assert {words[0] for words in started} == {"distill_trainer.hub", "distill_trainer.demo", "distill_trainer.report"}
     assert all(hasattr(importlib.import_module(words[0]), "main") for words in started)
     pushed = []
-    monkeypatch.setattr(hub, "push_student", lambda *words, **options: pushed.append((words, options)) or "the URL")
-    hub.main(next(words[1:] for words in started if words[0] == "distill_trainer.hub"))
+    monkeypatch.setattr(push, "push_student", lambda *words, **options: pushed.append((words, options)) or "the URL")
+    push.main(next(words[1:] for words in started if words[0] == "distill_trainer.hub"))
     assert pushed == [(("outputs/recommended", "my-student"), {"private": True})]
     assert capsys.readouterr().out == "the URL\n"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from distill_trainer.report.markdown import markdown_page
 from distill_trainer.report.page import html_page
-from distill_trainer.report.plots import draw_plots
+from distill_trainer.report.plots import ALL_PLOTS, draw_plots
 from distill_trainer.report.style import standalone
 
 
@@ -24,7 +24,8 @@ def write_report(
 ) -> Path:
     """Path of `report.html`, written with `report.json`, `report.md` and the plots into `output_dir/report`.
 
-    The HTML file holds its plots; the files beside it are those of the Markdown page.
+    The HTML file holds its plots; the files beside it are those of the Markdown page. Plots of an earlier run that
+    this one does not have are removed.
 
     Args:
         report: In the schema of `evaluate_models`.
@@ -37,6 +38,8 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     report = finite(report)
     plots = draw_plots(report, log_history, baseline_log_history or [], phases or [])
+    for stale in {kind.name for kind in ALL_PLOTS} - {plot.name for plot in plots}:
+        (folder / f"{stale}.svg").unlink(missing_ok=True)
     for plot in plots:
         write_atomically(folder / f"{plot.name}.svg", standalone(plot.svg).encode())
     write_atomically(folder / "report.json", json.dumps(report, indent=2, allow_nan=False).encode())

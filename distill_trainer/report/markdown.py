@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from textwrap import indent
 from typing import Any
 
 from distill_trainer.report.elements import printable
@@ -30,6 +31,7 @@ from distill_trainer.report.wording import (
     parameters,
     perplexity,
     sentences,
+    settings_of,
     short,
     verdict,
 )
@@ -37,19 +39,19 @@ from distill_trainer.report.wording import (
 
 def markdown_page(report: dict[str, Any], plots: Sequence[Plot]) -> str:
     """The whole report as one Markdown page; the plots are files beside it."""
-    parts = ["# Distillation report", f"**{_text(verdict(report))}**", _headline(report)]
-    parts += [_text(sentence) for sentence in sentences(report)]
+    parts = ["# Distillation report", f"**{plain(verdict(report))}**", headline(report)]
+    parts += [plain(sentence) for sentence in sentences(report)]
     for plot in plots:
         parts += [f"## {plot.title}", _picture(plot)]
     for title, rows in sections(report):
         parts += [f"## {title}", _table(("", "value"), rows)]
     if deciles := decile_table(report):
         title = "## Gap to the teacher by decile, nats"
-        parts += [title, _table(deciles[0], deciles[1:]), _text(decile_note(report))]
+        parts += [title, _table(deciles[0], deciles[1:]), plain(decile_note(report))]
     if bins := reliability_rows(report):
         parts += ["## Reliability of the capacity", _table(RELIABILITY_HEADER, bins), RELIABILITY_NOTE]
     if benchmarks := benchmark_table(report):
-        parts += ["## Benchmarks", _table(benchmarks[0], benchmarks[1:]), _text(benchmark_note(report))]
+        parts += ["## Benchmarks", _table(benchmarks[0], benchmarks[1:]), plain(benchmark_note(report))]
     for name, (title, _) in BREAKDOWNS.items():
         if groups := breakdown_table(report, name):
             parts += [f"## Retention: {title[0].lower()}{title[1:]}", _table(groups[0], groups[1:])]
@@ -60,10 +62,14 @@ def markdown_page(report: dict[str, Any], plots: Sequence[Plot]) -> str:
     parts += ["## Token figures (not comparable between tokenizers)", _token_table(report), FOOTNOTE]
     if command := command_line(report):
         parts += ["## Command", f"    {' '.join(command.split())}"]
+    explanation, settings = settings_of(report)
+    if settings:
+        parts += ["## Settings", explanation, indent(settings.rstrip(), " " * 4)]
     return "\n\n".join(parts) + "\n"
 
 
-def _headline(report: dict[str, Any]) -> str:
+def headline(report: dict[str, Any]) -> str:
+    """The table of all models that were scored."""
     rows = [
         (
             f"**{ROLES[role]}**" if role == "student" else ROLES[role],
@@ -84,7 +90,7 @@ def _token_table(report: dict[str, Any]) -> str:
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table: first column to the left, the others to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *(map(_text, row) for row in rows)]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *(map(plain, row) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -96,8 +102,8 @@ def _passages(passages: dict[str, Any]) -> str:
 
 
 def _sample(sample: dict[str, Any]) -> str:
-    lines = [f"> {_text(_prose(sample['prompt']))} …", ""]
-    return "\n".join(lines + [f"- **{name}**: {_text(_prose(text))}" for name, text in sample_lines(sample)])
+    lines = [f"> {plain(_prose(sample['prompt']))} …", ""]
+    return "\n".join(lines + [f"- **{name}**: {plain(_prose(text))}" for name, text in sample_lines(sample)])
 
 
 def _prose(text: str) -> str:
@@ -109,6 +115,6 @@ def _picture(plot: Plot) -> str:
     return f'<img src="{plot.name}.svg" alt="{plot.alt}" width="600">'
 
 
-def _text(value: str) -> str:
+def plain(value: str) -> str:
     """`value` with what would end a table cell or start HTML made harmless."""
     return value.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")

@@ -27,6 +27,7 @@ from distill_trainer.report.wording import (
     percent,
     perplexity,
     sentences,
+    settings_of,
     short,
     verdict,
 )
@@ -35,7 +36,7 @@ from distill_trainer.report.wording import (
 def html_page(report: dict[str, Any], plots: Sequence[Plot]) -> str:
     """The whole report as one page, readable from 360 pixels, light and dark. All text is escaped."""
     student, teacher = (str((report.get(role) or {}).get("name") or role) for role in ("student", "teacher"))
-    command = command_line(report)
+    command, (explanation, settings) = command_line(report), settings_of(report)
     lists = {title: facts(title, rows) for title, rows in sections(report)}
     router = router_panel(report, plots, lists.pop("Router", ""))
     training = "".join(figure(plot) for plot in plots if plot.section == "training")
@@ -58,6 +59,7 @@ def html_page(report: dict[str, Any], plots: Sequence[Plot]) -> str:
         table(TOKEN_HEADER, token_rows(report), "models"),
         note(FOOTNOTE),
         f"<h2>Command</h2><pre>{escape(command)}</pre>" if command else "",
+        f"<h2>Settings</h2>{note(explanation)}<pre>{escape(settings)}</pre>" if settings else "",
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -100,8 +102,10 @@ def _benchmarks(report: dict[str, Any]) -> str:
 def _tiles(report: dict[str, Any]) -> str:
     """The four figures that people ask for first, large."""
     compression, retention = report.get("compression") or {}, report.get("retention") or {}
+    closed = retention.get("gap_closed")
     tiles = (
-        (percent(retention.get("gap_closed")), "of the gap to the teacher closed"),
+        (percent(None if closed is None or closed < 0 else closed), "of the gap to the teacher closed"),
+        (percent(None if closed is None or closed >= 0 else -closed), "wider gap to the teacher"),
         (number(compression.get("parameter_ratio"), 1, "×"), "fewer parameters"),
         (percent(compression.get("size_reduction")), "smaller"),
         (number(compression.get("speedup"), 1, "×"), "the teacher's speed"),

@@ -33,7 +33,7 @@ def draw_plots(
     last = max((entry.get("step", 0) for entry in history), default=0)
     marks = [fraction * last for fraction in phases if 0 < fraction < 1]
     plots = []
-    for kind in (*TRAINING_PLOTS, *ROUTER_PLOTS, *GAP_PLOTS):
+    for kind in ALL_PLOTS:
         panels = kind.panels(report, history, baseline_history)
         if panels:
             for panel in panels[-kind.columns :] if kind.over_steps else ():
@@ -119,3 +119,4 @@ TRAINING_PLOTS = (
         height=90,
     ),
 )
+ALL_PLOTS = (*TRAINING_PLOTS, *ROUTER_PLOTS, *GAP_PLOTS)

@@ -96,7 +96,7 @@ def _environment_rows(environment: dict[str, Any]) -> list[tuple[str, str]]:
             rows.append((key, ", ".join(f"{name} {found}" for name, found in (value or {}).items() if found)))
         elif key.endswith("seconds"):
             rows.append((key.replace("_", " "), number(value, 1)))
-        elif key != "command" and value is not None:
+        elif key not in ("command", "settings") and value is not None:
             rows.append((key.replace("_", " "), str(value)))
     return rows
 

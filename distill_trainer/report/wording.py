@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from distill_trainer.parsing import SETTINGS_FILE, settings_text
+
 ROLES = {
     "student_before": "student before",
     "baseline": "student, no teacher",
@@ -62,7 +64,29 @@ def command_line(report: dict[str, Any]) -> str:
     """The command that made the report, as it can be run again; empty where it is not known."""
     command = (report.get("environment") or {}).get("command") or ""
     words = command.split(maxsplit=1)
-    return f"python {command}" if words and words[0].endswith(".py") else command
+    return f"{_launcher(report)} {command}" if words and words[0].endswith(".py") else command
+
+
+def command_again(report: dict[str, Any]) -> str:
+    """The command that trains the same student from the settings that the run wrote."""
+    return f"{_launcher(report)} run_distillation.py {SETTINGS_FILE}"
+
+
+def _launcher(report: dict[str, Any]) -> str:
+    processes = (report.get("environment") or {}).get("processes") or 1
+    return "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
+
+
+def settings_of(report: dict[str, Any]) -> tuple[str, str]:
+    """A sentence on the run's settings, and these as a config file; both empty where they are not known."""
+    settings = (report.get("environment") or {}).get("settings")
+    if settings is None:
+        return "", ""
+    note = (
+        "All settings that are not the defaults, those of the file and of the flags. The run's folder holds them as "
+        f"{SETTINGS_FILE}, which trains the same student: {command_again(report)}"
+    )
+    return note, settings_text(settings)
 
 
 def outcome(report: dict[str, Any]) -> str:
@@ -77,6 +101,7 @@ def outcome(report: dict[str, Any]) -> str:
 
 def verdict(report: dict[str, Any]) -> str:
     """One plain sentence: did the teacher help?"""
+    text = "text" if steps_sentence(report) else "batches"
     student, baseline = bits(report, "student"), bits(report, "baseline")
     result = outcome(report)
     if result == "unknown":
@@ -89,11 +114,11 @@ def verdict(report: dict[str, Any]) -> str:
     if result == "paid":
         return (
             f"Distillation paid: the student needs {student:.4f} bits per byte, {baseline - student:.4f} fewer than "
-            f"the same student fine-tuned on the same batches without a teacher ({baseline:.4f})."
+            f"the same student fine-tuned on the same {text} without a teacher ({baseline:.4f})."
         )
     return (
         f"Fine-tuning alone did better: without a teacher the same student needs {baseline:.4f} bits per byte on the "
-        f"same batches, {student - baseline:.4f} fewer than the distilled one ({student:.4f})."
+        f"same {text}, {student - baseline:.4f} fewer than the distilled one ({student:.4f})."
     )
 
 
@@ -107,13 +132,37 @@ def case_sentence(report: dict[str, Any]) -> str:
             f"The teacher predicts this text no better ({teacher:.4f} bits per byte) than the student did before "
             f"training ({before:.4f}): there was little to learn from it."
         )
-    retention = report.get("retention") or {}
     gap = f"The teacher knew more than the student: {teacher:.4f} against {before:.4f} bits per byte before training."
-    closed, alone = retention.get("gap_closed"), retention.get("gap_closed_baseline")
-    if closed is None:
-        return gap
-    learned = f" Distillation closed {percent(closed)} of that gap"
-    return gap + learned + (f", fine-tuning alone {percent(alone)}." if alone is not None else ".")
+    retention = report.get("retention") or {}
+    ends = (
+        ("Distillation", bits(report, "student"), retention.get("gap_closed")),
+        ("fine-tuning alone", bits(report, "baseline"), retention.get("gap_closed_baseline")),
+    )
+    learned = [f"{way} {_end(end, closed, before, teacher)}" for way, end, closed in ends if None not in (end, closed)]
+    return f"{gap} {', '.join(learned)}." if learned else gap
+
+
+def _end(end: float, closed: float, before: float, teacher: float) -> str:
+    """Where a training ended: between the student's start and its teacher, or beyond one of them."""
+    if end > before:
+        return f"ended {end - before:.4f} above that start"
+    return f"ended {teacher - end:.4f} below the teacher" if end < teacher else f"closed {percent(closed)} of that gap"
+
+
+def steps_sentence(report: dict[str, Any]) -> str:
+    """One plain sentence: after which step each training ended, and which is scored; empty if all is the last one."""
+    steps = (report.get("data") or {}).get("steps") or {}
+    ways = {"distillation": steps.get("student"), "fine-tuning alone": steps.get("baseline")}
+    known = {way: found for way, found in ways.items() if found}
+    if all(found["scored"] == steps["planned"] for found in known.values()):
+        return ""
+    planned, rule = number(steps["planned"]), ", each by its own evaluations" if len(known) > 1 else ""
+    stopped = any(found["ended"] < steps["planned"] for found in known.values())
+    parts = [
+        f"{way} ended after step {number(found['ended'])} of {planned}, scored is step {number(found['scored'])}"
+        for way, found in known.items()
+    ]
+    return f"{'Early stopping' if stopped else 'Best checkpoint'}{rule}: {'; '.join(parts)}."
 
 
 def router_sentence(report: dict[str, Any]) -> str:
@@ -151,7 +200,8 @@ def layer_note(report: dict[str, Any]) -> str:
 
 def sentences(report: dict[str, Any]) -> list[str]:
     """What explains the verdict, leaving out what the report does not know."""
-    return [sentence for sentence in (case_sentence(report), router_sentence(report)) if sentence]
+    found = (case_sentence(report), steps_sentence(report), router_sentence(report))
+    return [sentence for sentence in found if sentence]
 
 
 def headline_table(report: dict[str, Any]) -> str:

@@ -29,6 +29,7 @@ from distill_trainer.report.wording import (
     router_sentence,
     sentences,
     short,
+    steps_sentence,
     verdict,
 )
 
@@ -219,13 +220,55 @@ def test_the_verdict_says_whether_the_teacher_helped(report, student, baseline, 
 
 
 def test_the_case_says_how_much_there_was_to_learn(report):
-    assert "closed 50 % of that gap, fine-tuning alone 46 %." in case_sentence(report)
+    assert "closed 50 % of that gap, fine-tuning alone closed 46 % of that gap." in case_sentence(report)
     report["retention"]["gap_closed_baseline"] = None
     assert case_sentence(report).endswith("closed 50 % of that gap.")
     report["teacher"]["bits_per_byte"] = 2.9
     assert "little to learn" in case_sentence(report)
     report["student_before"]["bits_per_byte"] = None
     assert case_sentence(report) == ""
+
+
+@pytest.mark.parametrize(
+    ("student", "closed", "words"),
+    [
+        (2.9, -0.0622, "Distillation ended 0.0689 above that start, fine-tuning alone closed 46 % of that gap."),
+        (1.7, 1.0183, "Distillation ended 0.0203 below the teacher, fine-tuning alone closed 46 % of that gap."),
+    ],
+)
+def test_a_student_that_ends_outside_the_gap_did_not_close_a_share_of_it(report, student, closed, words):
+    report["student"]["bits_per_byte"], report["retention"]["gap_closed"] = student, closed
+    assert case_sentence(report).endswith(words)
+    for text in (Page(html_page(report, [])).text, headline_table(report)):
+        assert words in text and "closed -" not in text
+    tiles = Page(html_page(report, [])).text
+    assert ("6 % wider gap to the teacher" in tiles) == (closed < 0)
+    assert ("102 % of the gap to the teacher closed" in tiles) == (closed > 0)
+
+
+EARLY = "Early stopping, each by its own evaluations: distillation ended after step 360 of 480, scored is step {}; "
+STEPS = {
+    "both stopped": ((360, 240), (120, 120), EARLY.format(240) + "fine-tuning alone ended after step 120"),
+    "one stopped": ((360, 360), (480, 480), EARLY.format(360) + "fine-tuning alone ended after step 480 of 480"),
+    "none stopped": ((480, 240), (480, 480), "Best checkpoint, each by its own evaluations: distillation ended"),
+    "no baseline": ((360, 360), None, "Early stopping: distillation ended after step 360 of 480, scored is step 360."),
+}
+
+
+@pytest.mark.parametrize(("student", "baseline", "words"), STEPS.values(), ids=STEPS)
+def test_trainings_that_were_scored_at_other_steps_are_told_so(report, student, baseline, words):
+    ends = {"student": student, "baseline": baseline}
+    steps = {role: pair and dict(zip(("ended", "scored"), pair, strict=True)) for role, pair in ends.items()}
+    report["data"]["steps"] = {"planned": 480, **steps}
+    assert words in headline_table(report) and words in Page(html_page(report, [])).text
+    # Then they did not read the same batches.
+    assert "on the same text without a teacher" in verdict(report)
+
+
+def test_trainings_that_ran_to_the_end_are_not_told_apart(report):
+    whole = {"ended": 480, "scored": 480}
+    report["data"]["steps"] = {"planned": 480, "student": whole, "baseline": whole}
+    assert steps_sentence(report) == "" and "on the same batches" in verdict(report)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,219 @@
+"""The upload of a run's bare student with its card, report and settings: `python -m distill_trainer.hub push`."""
+
+import argparse
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from distill_trainer.errors import ConfigurationError, DistillationError
+from distill_trainer.parsing import SETTINGS_FILE
+
+WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+CARD = "README.md"
+# Patterns, relative to a run's folder, of all that is published. `*` also crosses `/`, as in all of huggingface_hub.
+STUDENT_FILES = (
+    *("config.json", "generation_config.json", *WEIGHT_FILES),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja", CARD, SETTINGS_FILE, "report/*"),
+)
+RETRY_WAITS = (1, 3)
+
+
+def push_student(
+    folder: str | Path,
+    repo_id: str | None = None,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload the distilled student",
+) -> str:
+    """URL of the Hub repository that now holds the student, its card, report and settings, as in `folder`.
+
+    Only `STUDENT_FILES` are sent, in one commit: a push that is cut off leaves the repository as it was. Weight files
+    of an earlier push that this student does not have are deleted. Where the card names the folder, the pushed one
+    names the repository.
+
+    Args:
+        folder: Output folder of a run, a checkpoint, or an export.
+        repo_id: `name` or `namespace/name`, created if missing. None takes the folder's name.
+        token: Token with write access. None takes `HF_TOKEN` or the one of `hf auth login`.
+        private: Whether a repository created here is private. None leaves it to the account's default. True refuses
+            one that exists and is public.
+        revision: Branch to write, created if missing. None writes `main`.
+        commit_message: First line of the commit.
+
+    Raises:
+        ConfigurationError: If the folder holds no student, or the name or the token cannot work.
+        DistillationError: If the Hub fails or cannot be reached, after retries.
+    """
+    folder = Path(folder)
+    _check_student(folder)
+    repo_id = repo_id or folder.resolve().name
+    token = _found_token(token, repo_id)
+    for path in (folder / CARD, folder / SETTINGS_FILE, *sorted((folder / "report").rglob("*"))):
+        if path.is_file() and token.encode() in path.read_bytes():
+            raise ConfigurationError(f"{path} must not hold the token, since it is published. Remove the token there.")
+
+    def upload(api: Any) -> str:
+        return _upload(api, folder, _writable(api, repo_id, private), private, revision, commit_message)
+
+    again = ["python", "-m", "distill_trainer.hub", "push", str(folder), repo_id, *(["--private"] if private else [])]
+    return _asked(upload, repo_id, token, f"Push the run again: {shlex.join(again)}")
+
+
+def check_access(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
+    """`repo_id` with its namespace, if a push to it can work as far as the Hub tells before one; nothing is written.
+
+    Args:
+        repo_id: See `push_student`, and so `token` and `private`.
+
+    Raises:
+        ConfigurationError: If the name, the token or `private` cannot work.
+        DistillationError: If the Hub fails or cannot be reached, after retries.
+    """
+    mend = "Try later, or train without push_to_hub and push the run afterwards."
+    return _asked(lambda api: _writable(api, repo_id, private), repo_id, _found_token(token, repo_id), mend)
+
+
+def _found_token(token: str | None, repo_id: str) -> str:
+    from huggingface_hub import get_token
+
+    if found := token or get_token():
+        return found
+    raise ConfigurationError(
+        f"A token must be set to push to {repo_id}, got none. Set HF_TOKEN or hub_token, or run `hf auth login`."
+    )
+
+
+def _asked(question: Callable[[Any], str], repo_id: str, token: str, mend: str) -> str:
+    """What the Hub answers, asked again after failures that may pass."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, HTTPError
+
+    api, waits = HfApi(token=token, library_name="distill_trainer"), iter(RETRY_WAITS)
+    while True:
+        try:
+            return question(api)
+        except DistillationError:
+            raise
+        except HFValidationError as error:
+            raise ConfigurationError(f"repo_id must be a valid name, got {repo_id!r}. {error}") from error
+        except (HTTPError, OSError, RuntimeError, ValueError) as error:
+            # huggingface_hub wraps a failed weight upload in a RuntimeError; its cause says why.
+            cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+            status = getattr(getattr(cause, "response", None), "status_code", None)
+            transient = (status >= 500 or status in (408, 429)) if status else isinstance(cause, HTTPError)
+            wait = next(waits, None) if transient else None
+            if wait is None:
+                raise _hub_error(cause, status, repo_id, mend) from error
+            time.sleep(wait)
+
+
+def _writable(api: Any, repo_id: str, private: bool | None) -> str:
+    """`repo_id` with its namespace, unless the account cannot write there."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(repo_id)
+    account = api.whoami()
+    own = [account["name"], *(org["name"] for org in account.get("orgs", ()) if org.get("roleInOrg") != "read")]
+    repo_id = repo_id if "/" in repo_id else f"{own[0]}/{repo_id}"
+    if ((account.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+        raise ConfigurationError(
+            f"The token must have write access to {repo_id}, got a read-only token of {own[0]}. Set HF_TOKEN or "
+            "hub_token to one with write access, from https://huggingface.co/settings/tokens."
+        )
+    if repo_id.split("/")[0].lower() not in map(str.lower, own):
+        raise ConfigurationError(
+            f"The repository must be under {' or '.join(own)}, where the token may write, got {repo_id}. Give another "
+            "name, or the token of an account that may write there."
+        )
+    if private:
+        try:
+            public = not api.model_info(repo_id).private
+        except RepositoryNotFoundError:
+            public = False
+        if public:
+            raise ConfigurationError(
+                f"{repo_id} must be private or new to push to it privately, but it exists and is public. Make it "
+                "private in its settings on the Hub, or choose another name."
+            )
+    return repo_id
+
+
+def _check_student(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ConfigurationError(f"folder must be one that exists, got {folder}. Give the output folder of a run.")
+    index = folder / "model.safetensors.index.json"
+    shards = set(re.findall(r"model-[^\"]+\.safetensors", index.read_text())) if index.is_file() else set()
+    needed = ("config.json", "tokenizer_config.json", *(sorted(shards) or WEIGHT_FILES[:1]))
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        adapter = (folder / "adapter_config.json").is_file()
+        mend = "Merge its LoRA adapter with export_student first." if adapter else "Give the output folder of a run."
+        raise ConfigurationError(f"folder must hold a student, got {folder} without {', '.join(missing)}. {mend}")
+
+
+def _upload(api: Any, folder: Path, repo_id: str, private: bool | None, revision: str | None, message: str) -> str:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from huggingface_hub.utils import filter_repo_objects
+
+    url = str(api.create_repo(repo_id, private=private, exist_ok=True))
+    if revision and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    sent = list(filter_repo_objects(files, allow_patterns=list(STUDENT_FILES)))
+    weights = filter_repo_objects(api.list_repo_files(repo_id, revision=revision), allow_patterns=list(WEIGHT_FILES))
+    operations = [
+        CommitOperationAdd(name, _card_for(folder, repo_id) if name == CARD else folder / name) for name in sent
+    ]
+    # from_pretrained prefers an old single file to new shards, so old weights must not stay.
+    operations += [CommitOperationDelete(name) for name in set(weights) - set(sent)]
+    api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+    return f"{url}/tree/{revision}" if revision else url
+
+
+def _card_for(folder: Path, repo_id: str) -> bytes:
+    """The folder's card, with the repository's name where the run wrote the folder's."""
+    name, card = folder.resolve().name, (folder / CARD).read_text(encoding="utf-8")
+    card = card.replace(f'from_pretrained("{name}")', f'from_pretrained("{repo_id}")')
+    title = repo_id.split("/")[1]
+    return re.sub(rf"^(# |- name: ){re.escape(name)}$", rf"\g<1>{title}", card, flags=re.MULTILINE).encode()
+
+
+def _hub_error(cause: BaseException, status: int | None, repo_id: str, mend: str) -> DistillationError:
+    reason = " ".join((getattr(cause, "server_message", None) or str(cause)).split())
+    got = f"HTTP {status} ({reason})" if status else reason
+    if status in (401, 403):
+        return ConfigurationError(
+            f"The token must have write access to {repo_id}, got {got}. Set HF_TOKEN or hub_token to one that has it."
+        )
+    return DistillationError(f"The Hub must accept the upload to {repo_id}, got {got.rstrip('.')}. {mend}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. Ends with exit code 2 and one line on standard error if the push fails."""
+    parser = _Parser(prog="python -m distill_trainer.hub", description="Publish a distilled student.")
+    push = parser.add_subparsers(dest="action", required=True).add_parser("push", help="Upload a finished run.")
+    push.add_argument("folder", metavar="RUN_DIR", help="Output folder of a run.")
+    push.add_argument("repo_id", metavar="REPO", nargs="?", help="name or namespace/name; default: the folder's name.")
+    push.add_argument("--private", action="store_true", default=None, help="Make a new repository private.")
+    options = parser.parse_args(arguments)
+    try:
+        url = push_student(options.folder, options.repo_id, private=options.private)
+    except DistillationError as error:
+        parser.error(str(error))
+    sys.stdout.write(f"{url}\n")
