@@ -28,10 +28,10 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
         default=0.0, metadata={"help": "Weight of matching the last hidden states, 0 or above. 0 skips it."}
     )
     attention_weight: float = field(
-        default=0.10, metadata={"help": "Weight of matching attention rows, 0 or above. 0 skips it."}
+        default=0.0, metadata={"help": "Weight of matching attention rows, 0 or above. 0 skips it."}
     )
     layerwise_weight: float = field(
-        default=0.05, metadata={"help": "Weight of matching the layers of layer_map, 0 or above. 0 skips it."}
+        default=0.0, metadata={"help": "Weight of matching the layers of layer_map, 0 or above. 0 skips it."}
     )
     contrastive_weight: float = field(
         default=0.05,

@@ -290,6 +290,8 @@ def arguments(output_dir, **changes) -> DistillationArguments:
         "learning_rate": 1e-2,
         "router_learning_rate": 2e-2,
         "feature_weight": 0.1,
+        "attention_weight": 0.1,
+        "layerwise_weight": 0.05,
         "final_top_k": 2,
         "max_length": MAX_LENGTH,
         "logging_steps": 1,

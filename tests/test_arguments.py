@@ -48,7 +48,7 @@ def test_defaults_are_the_reference_ones():
     assert (training.temperature, training.final_temperature) == (4.0, 1.0)
     assert (training.initial_top_k, training.final_top_k) == (1, 4)
     weights = "kl feature attention layerwise contrastive lm".split()
-    assert [getattr(training, f"{name}_weight") for name in weights] == [0.7, 0.0, 0.1, 0.05, 0.05, None]
+    assert [getattr(training, f"{name}_weight") for name in weights] == [0.7, 0.0, 0.0, 0.0, 0.05, None]
     assert (training.report_to, training.label_names, training.remove_unused_columns) == ([], ["labels"], False)
     assert (training.layer_map, training.phase_boundaries, training.max_length) == ("uniform", [0.0, 0.0], 512)
 
@@ -433,7 +433,7 @@ def test_the_python_interface_checks_values_too():
 def test_the_lm_weight_is_what_the_kl_weight_leaves_unless_it_is_set():
     names = ("kl", "feature", "attention", "layerwise", "contrastive", "lm")
     assert DistillationArguments().loss_weights() == pytest.approx(
-        dict(zip(names, (0.7, 0.0, 0.1, 0.05, 0.05, 0.3), strict=True))
+        dict(zip(names, (0.7, 0.0, 0.0, 0.0, 0.05, 0.3), strict=True))
     )
     assert DistillationArguments(lm_weight=0.5).loss_weights()["lm"] == 0.5
     assert DistillationArguments(lm_weight=0.0).loss_weights()["lm"] == 0.0

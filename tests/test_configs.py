@@ -74,7 +74,8 @@ def test_the_recommended_config_differs_from_the_default_only_where_it_says_so()
 def test_the_reference_losses_are_all_five_in_phases_and_differ_in_nothing_else():
     default, reference = (parse(f"{name}.yaml") for name in ("default", "reference_losses"))
     different = {key for key in parse_file("reference_losses.yaml") if reference[key] != default[key]}
-    assert different == {"feature_weight", "phase_boundaries", "output_dir"}
+    losses = {f"{name}_weight" for name in ("feature", "attention", "layerwise")}
+    assert different == {*losses, "phase_boundaries", "output_dir"}
     weights = [reference[f"{name}_weight"] for name in ("kl", "feature", "attention", "layerwise", "contrastive")]
     assert weights == [0.7, 0.1, 0.1, 0.05, 0.05] and sum(weights) == 1
     assert reference["lm_weight"] is None and reference["phase_boundaries"] == [0.1, 0.2]

@@ -161,6 +161,8 @@ def tiny_trainer(folder: str, sides: tuple[str, str]) -> DistillationTrainer:
         gradient_accumulation_steps=1,
         max_steps=1,
         feature_weight=0.1,
+        attention_weight=0.1,
+        layerwise_weight=0.05,
         save_strategy="no",
         disable_tqdm=True,
         logging_strategy="no",
