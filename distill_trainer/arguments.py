@@ -11,7 +11,7 @@ from distill_trainer.balance import METHODS
 from distill_trainer.errors import ConfigurationError
 from distill_trainer.evaluation_arguments import EvaluationArguments
 from distill_trainer.router import ROUTER_PARTS
-from distill_trainer.schedules import DATA_CURRICULA, LOSS_NAMES
+from distill_trainer.schedules import DATA_CURRICULA, LOSS_NAMES, phase, phase_weights
 from distill_trainer.validation import check_choice, check_number, check_writable
 
 
@@ -63,7 +63,7 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
         default_factory=lambda: [0.0, 0.0],
         metadata={
             "help": "Shares of the steps, 0 to 1, at which the attention and feature losses join KL and LM, and at "
-            "which all join. 0 0: all train from the start."
+            "which all join. 0 0: all train from the start, the layer-wise loss from the bottom up."
         },
     )
 
@@ -316,6 +316,12 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
         bounds = self.phase_boundaries
         if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] <= 1:
             raise ConfigurationError(f"phase_boundaries must be two rising values from 0 to 1, got {bounds}.")
+        weights = self.loss_weights()
+        if not any(phase_weights(weights, phase(0.0, bounds)).values()):
+            names = ", ".join(name for name, weight in weights.items() if weight)
+            raise ConfigurationError(
+                f"phase_boundaries must let a loss train from the start, got {bounds} with {names} alone. Set 0 0."
+            )
 
     def _check_router(self) -> None:
         layers = self.router_layers
@@ -366,5 +372,7 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
                 raise ConfigurationError(f"{name} must be different layer numbers, 0 or above, got {layers}.")
         if self.layer_map != "uniform":
             pairs = self.layer_map if isinstance(self.layer_map, list) else []
-            if not pairs or not all(re.fullmatch(r"\d+:\d+", pair) for pair in pairs):
-                raise ConfigurationError(f"layer_map must be uniform or pairs as 2:5 3:8, got {self.layer_map}.")
+            if not all(re.fullmatch(r"\d+:\d+", pair) for pair in pairs) or not 0 < len(pairs) == len(set(pairs)):
+                raise ConfigurationError(
+                    f"layer_map must be uniform or different pairs as 2:5 3:8, got {self.layer_map}."
+                )

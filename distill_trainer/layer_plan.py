@@ -41,8 +41,9 @@ class LayerPairs:
             num_teacher_layers: Layers of the teacher.
             layer_map: `uniform` pairs layers of the same relative depth, or a list of `student:teacher` indices.
                 The layer-wise loss uses the whole list, or `LAYERWISE_PAIRS` evenly spaced pairs.
-            feature_layers: Teacher layers of the feature loss. None is the last.
-            attention_layers: Teacher layers of the attention loss. None is the last.
+            feature_layers: Teacher layers of the feature loss, each compared with the student's layer whose own in the
+                map is the nearest. None compares the last layers.
+            attention_layers: Likewise of the attention loss.
 
         Raises:
             ConfigurationError: If a layer does not exist.
@@ -64,16 +65,23 @@ class LayerPairs:
                     )
             return tuple(pairs)
 
-        def nearest(layers: list[int] | None) -> list[tuple[int, int]]:
-            chosen = [num_teacher_layers - 1] if layers is None else sorted(layers)
+        def nearest(name: str, layers: list[int] | None) -> list[tuple[int, int]]:
+            if layers is None:
+                return [(num_student_layers - 1, num_teacher_layers - 1)]
+            if unknown := [layer for layer in layers if not 0 <= layer < num_teacher_layers]:
+                raise ConfigurationError(
+                    f"{name} must name layers of the teacher below {num_teacher_layers}, got {unknown[0]}."
+                )
             # The highest student layer among those mapped to the nearest teacher layer.
-            return [(min(reversed(mapped), key=lambda pair: abs(pair[1] - layer))[0], layer) for layer in chosen]
+            return [
+                (min(reversed(mapped), key=lambda pair: abs(pair[1] - layer))[0], layer) for layer in sorted(layers)
+            ]
 
         return cls(
             # First, because the others are chosen from the map.
             layerwise=checked("layer_map", layerwise),
-            feature=checked("feature_layers", nearest(feature_layers)),
-            attention=checked("attention_layers", nearest(attention_layers)),
+            feature=tuple(nearest("feature_layers", feature_layers)),
+            attention=tuple(nearest("attention_layers", attention_layers)),
         )
 
     def used_by(self, weights: Mapping[str, float]) -> "LayerPairs":

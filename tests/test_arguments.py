@@ -241,6 +241,11 @@ def test_a_wrong_value_is_one_line_that_names_field_and_value(flags, field, valu
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
+        ({"layer_map": ["1:2", "1:2"]}, "layer_map must be uniform or different pairs as 2:5 3:8"),
+        (
+            {"kl_weight": 0.0, "lm_weight": 0.0, "phase_boundaries": [0.0, 0.5]},
+            "phase_boundaries must let a loss train from the start, got [0.0, 0.5] with contrastive alone. Set 0 0.",
+        ),
         ({"router_layers": None}, "all, or different layer numbers as in 1 3, got None"),
         ({"router_layers": ["3", "3"]}, "all, or different layer numbers as in 1 3, got ['3', '3']"),
         ({"router_parts": ["none", "gap"]}, "must be one of importance, capacity, gap, none alone, got none"),

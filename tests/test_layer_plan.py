@@ -47,17 +47,32 @@ def test_chosen_teacher_layers_meet_the_student_layer_of_that_depth():
 
 
 @pytest.mark.parametrize(
-    ("name", "changes"),
+    ("said", "changes"),
     [
-        ("layer_map", {"layer_map": ["30:0"]}),
-        ("layer_map", {"layer_map": ["0:28"]}),
-        ("feature_layers", {"feature_layers": [28]}),
-        ("attention_layers", {"attention_layers": [99]}),
+        (
+            "layer_map must name layers below 30 of the student and below 28 of the teacher, got 30:0",
+            {"layer_map": ["30:0"]},
+        ),
+        (
+            "layer_map must name layers below 30 of the student and below 28 of the teacher, got 0:28",
+            {"layer_map": ["0:28"]},
+        ),
+        ("feature_layers must name layers of the teacher below 28, got 28", {"feature_layers": [3, 28]}),
+        ("attention_layers must name layers of the teacher below 28, got 99", {"attention_layers": [99]}),
     ],
 )
-def test_a_layer_that_does_not_exist_is_named(name, changes):
-    with pytest.raises(ConfigurationError, match=f"{name} must name layers below 30 of the student and below 28"):
+def test_a_layer_that_does_not_exist_is_named(said, changes):
+    with pytest.raises(ConfigurationError, match=said):
         plan(**changes)
+
+
+def test_the_last_layers_are_compared_whatever_the_map():
+    for chosen in (plan(30, 28), plan(30, 28, layer_map=["2:5", "8:20"]), plan(4, 2)):
+        assert chosen.feature == chosen.attention
+    assert plan(30, 28, layer_map=["2:5", "8:20"]).attention == ((29, 27),)
+    assert plan(30, 28, layer_map=["2:5", "8:20"], attention_layers=[21]).attention == ((8, 21),)
+    # Two layers of the student stand for one of the teacher: the higher of them is compared.
+    assert plan(4, 2, attention_layers=[1]).attention == ((3, 1),)
 
 
 def test_a_loss_without_weight_needs_no_pairs():
