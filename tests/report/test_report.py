@@ -73,6 +73,22 @@ def test_the_folder_holds_all_files_that_the_markdown_names(report, log_history,
         assert content.split("</style>")[1].strip() in page
 
 
+def test_plots_of_an_earlier_run_are_removed_and_other_files_stay(report, log_history, tmp_path):
+    folder = write_report(report, log_history, tmp_path).parent
+    (folder / "own.svg").touch()
+    write_report(report, [], tmp_path)
+    assert {file.stem for file in folder.glob("*.svg")} == {"own", "reliability", "gap", "by_frequency", "by_position"}
+
+
+def test_pages_show_the_settings_and_the_command_that_trains_from_them(report):
+    report["environment"]["settings"] = {"datasets": ["a<b>.txt"], "max_steps": 6}
+    for text in (Page(html_page(report, [])).text, markdown_page(report, [])):
+        assert "- a<b>.txt" in text and "max_steps: 6" in text and text.count("Settings") == 1
+        assert "python run_distillation.py training_config.yaml" in text
+    del report["environment"]["settings"]
+    assert "Settings" not in html_page(report, []) + markdown_page(report, [])
+
+
 def test_the_page_is_one_file(report, log_history, tmp_path):
     page = Page(write_report(report, log_history, tmp_path).read_text())
     assert not any({"src", "srcset", "href"} & tag.keys() for _, tag in page.tags)
