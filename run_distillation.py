@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from distill_trainer.card import write_model_card
 from distill_trainer.checkpoint import check_checkpoint
 from distill_trainer.errors import DistillationError
 from distill_trainer.evaluation.benchmarks import Benchmarks, load_benchmarks
+from distill_trainer.hub import CARD
 from distill_trainer.loading import load_causal_lm, load_tokenizer
 from distill_trainer.parsing import SETTINGS_FILE, parse_arguments, settings_text, training_settings
 from distill_trainer.report import headline_table, write_report
@@ -46,6 +48,8 @@ def run(names: ModelArguments, texts: DataArguments, args: DistillationArguments
         student, teacher, args, train_dataset=splits["train"], eval_dataset=splits["validation"], **tokenizers
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if trainer.is_world_process_zero():
+        discard_results(args.output_dir)
     trainer.save_model(_internal_call=True)
     baseline = run_baseline(trainer, student_before) if args.run_baseline else None
     if trainer.is_world_process_zero():
@@ -72,6 +76,13 @@ def run(names: ModelArguments, texts: DataArguments, args: DistillationArguments
         )
     if args.push_to_hub and (url := trainer.push_to_hub()):
         print(f"Pushed to {url}")
+
+
+def discard_results(folder: str | Path) -> None:
+    """Remove what an earlier run into `folder` says of its student: it must not stand beside another one."""
+    for name in (CARD, SETTINGS_FILE):
+        Path(folder, name).unlink(missing_ok=True)
+    shutil.rmtree(Path(folder, "report"), ignore_errors=True)
 
 
 def evaluate(

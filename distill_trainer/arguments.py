@@ -253,7 +253,13 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
         if self.data_curriculum != "none" and self.train_sampling_strategy != "random":
             strategy = self.train_sampling_strategy
             raise ConfigurationError(f"train_sampling_strategy must be random with data_curriculum, got {strategy}.")
-        self.check_evaluation(max_length=self.max_length, eval_strategy=str(self.eval_strategy.value))
+        self.check_evaluation(max_length=self.max_length)
+        self.check_best(
+            load_best=self.load_best_model_at_end,
+            metric=self.metric_for_best_model,
+            greater_is_better=self.greater_is_better,
+            eval_strategy=str(self.eval_strategy.value),
+        )
         if self.remove_unused_columns:
             raise ConfigurationError(
                 "remove_unused_columns must be false, got true. The teacher's columns are needed."

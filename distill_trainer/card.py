@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from distill_trainer.documents import HUB_NAMES
 from distill_trainer.parsing import SETTINGS_FILE
 from distill_trainer.report.markdown import headline, plain
 from distill_trainer.report.plots import ALL_PLOTS
@@ -45,6 +46,9 @@ def write_model_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     path = Path(folder).resolve() / "README.md"
+    # As they are called on the Hub: short names in full, and without the configuration.
+    datasets = [HUB_NAMES.get(name, (name,))[0] for name in datasets]
+    datasets = [name if Path(name).exists() else name.split(":")[0] for name in datasets]
     title, results = path.parent.name, _eval_results(report, datasets)
     licences = {name: declared_licence(name) for name in (student_name, teacher_name)}
     card_data = ModelCardData(
@@ -55,7 +59,7 @@ def write_model_card(
         tags=["distillation", "knowledge-distillation", "mixture-of-experts"],
         model_name=title if results else None,
         eval_results=results or None,
-        **licences[student_name],
+        **(licences[student_name] or {}),
     )
     source = ", ".join(_link(name, "datasets/") for name in datasets) or "unnamed text"
     parts = [
@@ -73,18 +77,25 @@ def write_model_card(
     return path
 
 
-def declared_licence(name: str) -> dict[str, str]:
-    """The licence in the metadata of a model's own card; empty if it has none or cannot be read."""
+def declared_licence(name: str) -> dict[str, str] | None:
+    """The licence in the metadata of a model's own card; empty if it declares none, None if it cannot be read."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError, RemoteEntryNotFoundError
 
+    local = Path(name).is_dir()
     try:
-        local = Path(name).is_dir()
         card = Path(name) / "README.md" if local else Path(hf_hub_download(name, "README.md"))
+    except RemoteEntryNotFoundError:
+        return {}  # a repository without a card
+    except (HTTPError, OSError, ValueError):
+        return None
+    try:
         header = re.match(r"---\s*\n(.*?)\n---\s*\n", card.read_text(encoding="utf-8-sig"), re.DOTALL)
         metadata = yaml.safe_load(header.group(1)) if header else None
-    except (OSError, ValueError, HTTPError, yaml.YAMLError):
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
     known = metadata.items() if isinstance(metadata, dict) else ()
     found = {key: value for key, value in known if key in LICENCE_FIELDS and isinstance(value, str)}
     if "license" not in found:
@@ -98,13 +109,17 @@ def declared_licence(name: str) -> dict[str, str]:
     return found
 
 
-def _inherited(name: str, licence: dict[str, str]) -> str:
+def _inherited(name: str, licence: dict[str, str] | None) -> str:
+    if licence is None:
+        return f"The card of the student {_link(name)} could not be read, so no licence is declared here: look there."
     if not licence:
         return f"The card of the student {_link(name)} names no licence, so none is declared here: ask its authors."
     return f"{_licence_text(licence)}, inherited from the student {_link(name)}."
 
 
-def _of_teacher(name: str, licence: dict[str, str]) -> str:
+def _of_teacher(name: str, licence: dict[str, str] | None) -> str:
+    if licence is None:
+        return f"The card of the teacher {_link(name)} could not be read: look there for its licence."
     if not licence:
         return f"The card of the teacher {_link(name)} names no licence."
     return f"The teacher {_link(name)} has the licence {_licence_text(licence)}."
@@ -151,8 +166,9 @@ def _training(report: dict[str, Any], settings: Path) -> list[str]:
         parts.append(f"Command:\n\n```bash\n{command}\n```")
     if settings.is_file():
         parts.append(
-            f"[{settings.name}]({settings.name}) holds the settings of the file and of the flags in one. "
-            f"This trains the same student again:\n\n```bash\n{command_again(report)}\n```"
+            f"[{settings.name}]({settings.name}) holds the settings of the file and of the flags in one. In a copy of "
+            "`distill_trainer` with this file, and with the models and texts that it names by a path, this trains the "
+            f"same student again:\n\n```bash\n{command_again(report)}\n```"
         )
     return ["## Training", *parts] if parts else []
 

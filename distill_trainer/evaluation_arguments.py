@@ -1,5 +1,6 @@
 """Settings of how the report is measured."""
 
+import re
 from dataclasses import dataclass, field
 
 from distill_trainer.errors import ConfigurationError
@@ -36,18 +37,39 @@ class EvaluationArguments:
         default=None, metadata={"help": "Examples of each task, the first ones, 1 or above. None: all."}
     )
 
-    def check_evaluation(self, *, max_length: int, eval_strategy: str) -> None:
+    def check_best(
+        self, *, load_best: bool, metric: str | None, greater_is_better: bool | None, eval_strategy: str
+    ) -> None:
+        """Raise a `ConfigurationError` unless the evaluations can tell the best checkpoint, where it is asked for.
+
+        Args:
+            load_best: `load_best_model_at_end`.
+            metric: `metric_for_best_model`.
+            greater_is_better: The setting of this name.
+            eval_strategy: When training stops for an evaluation: no, steps or epoch.
+        """
+        name = "load_best_model_at_end" if load_best else "early_stopping_patience"
+        if not load_best and self.early_stopping_patience is None:
+            return
+        if eval_strategy == "no":
+            raise ConfigurationError(f"eval_strategy must be steps or epoch with {name}, got no.")
+        # With several evaluation datasets their names stand in between.
+        if metric is not None and not re.fullmatch(r"(eval_)?(\w+_)?(loss|bits_per_byte)", metric):
+            raise ConfigurationError(
+                f"metric_for_best_model must be eval_bits_per_byte or eval_loss with {name}, got {metric}."
+            )
+        if greater_is_better:
+            raise ConfigurationError(f"greater_is_better must be false with {name}, got true. Fewer bits are better.")
+
+    def check_evaluation(self, *, max_length: int) -> None:
         """Raise a `ConfigurationError` unless the settings can be used.
 
         Args:
             max_length: Student tokens in a window.
-            eval_strategy: When training stops for an evaluation: no, steps or epoch.
         """
         check_number("early_stopping_threshold", self.early_stopping_threshold, least=0)
         if self.early_stopping_patience is not None:
             check_number("early_stopping_patience", self.early_stopping_patience, least=1, whole=True)
-            if eval_strategy == "no":
-                raise ConfigurationError("eval_strategy must be steps or epoch with early_stopping_patience, got no.")
         if self.eval_stride is not None:
             check_number("eval_stride", self.eval_stride, least=1, whole=True)
             if self.eval_stride > max_length:

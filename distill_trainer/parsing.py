@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from argparse import SUPPRESS, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -20,6 +20,14 @@ from distill_trainer.input_arguments import DataArguments, ModelArguments
 
 # What `settings_text` is written to in a run's folder.
 SETTINGS_FILE = "training_config.yaml"
+
+
+class OneLineParser(ArgumentParser):
+    """Ends with exit code 2 and one line that says what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` and end."""
+        self.exit(2, f"error: {message}\n")
 
 
 class PlainLoader(yaml.BaseLoader):

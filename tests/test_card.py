@@ -1,9 +1,11 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from distill_trainer.card import declared_licence, write_model_card
 from distill_trainer.report import write_report
@@ -45,6 +47,8 @@ def hub_cards(monkeypatch, tmp_path):
     """The Hub's cards by the name of the model. Others cannot be read."""
 
     def download(repo_id, filename):
+        if repo_id == "org/without":
+            raise RemoteEntryNotFoundError("404", response=SimpleNamespace(headers={}, request=None))
         if repo_id not in CARDS or filename != "README.md":
             raise OSError(f"{repo_id} has no {filename}")
         path = tmp_path / f"{repo_id.replace('/', '-')}.md"
@@ -101,7 +105,10 @@ def test_the_text_holds_the_headline_the_plots_the_data_and_how_to_train_it_agai
     assert "[Salesforce/wikitext](https://huggingface.co/datasets/Salesforce/wikitext)" in text
     assert "from the teacher [org/teacher](https://huggingface.co/org/teacher)." in text
     assert "```bash\naccelerate launch --num_processes 2 run_distillation.py a.yaml\n```" in text
-    assert "```bash\naccelerate launch --num_processes 2 run_distillation.py training_config.yaml\n```" in text
+    assert (
+        "```bash\naccelerate launch --num_processes 2 run_distillation.py training_config.yaml --output_dir outputs/again\n```"
+        in text
+    )
 
 
 def test_the_licence_is_the_students_and_that_of_the_teacher_is_named(tmp_path, report):
@@ -122,10 +129,8 @@ UNKNOWN = {
     "no metadata": "# Only text",
     "no licence": "---\ntags: [a]\n---\n",
     "a name alone": "---\nlicense_name: own\n---\n",
-    "no YAML": "---\nlicense: [mit\n---\n",
     "a list": "---\nlicense: [mit, gpl]\n---\n",
     "no mapping": "---\n- mit\n---\n",
-    "not UTF-8": b"---\nlicense: \xff\n---\n",
 }
 
 
@@ -134,11 +139,22 @@ def test_a_licence_that_is_not_declared_is_not_made_up(tmp_path, report, content
     base = tmp_path / "private/base"
     base.mkdir(parents=True)
     if content is not None:
-        (base / "README.md").write_bytes(content if isinstance(content, bytes) else content.encode())
-    card = written(tmp_path, report, student_name=str(base), teacher_name="org/unknown")
+        (base / "README.md").write_text(content)
+    card = written(tmp_path, report, student_name=str(base), teacher_name="org/without")
     assert card.data.license is None and "license" not in card.data.to_dict()
     assert "The card of the student `base` names no licence, so none is declared here: ask its authors." in card.text
-    assert "The card of the teacher [org/unknown](https://huggingface.co/org/unknown) names no licence." in card.text
+    assert "The card of the teacher [org/without](https://huggingface.co/org/without) names no licence." in card.text
+
+
+@pytest.mark.parametrize("content", [b"---\nlicense: [mit\n---\n", b"---\nlicense: \xff\n---\n"])
+def test_a_licence_that_cannot_be_read_is_not_said_to_be_missing(tmp_path, report, content):
+    base = tmp_path / "private/base"
+    base.mkdir(parents=True)
+    (base / "README.md").write_bytes(content)
+    card = written(tmp_path, report, student_name=str(base), teacher_name="org/unknown")
+    assert card.data.license is None
+    assert "The card of the student `base` could not be read, so no licence is declared here" in card.text
+    assert "The card of the teacher [org/unknown](https://huggingface.co/org/unknown) could not be read" in card.text
 
 
 def test_the_licence_of_a_local_student_is_read_from_its_folder(tmp_path):
@@ -169,3 +185,10 @@ def test_names_cannot_break_the_card(tmp_path, report):
     text = written(tmp_path, report, datasets=[]).text
     assert "\n# c" not in text and "trained on unnamed text" in text and "## Training" not in text
     assert "training_config.yaml" not in text
+
+
+def test_datasets_have_their_names_on_the_hub(tmp_path, report):
+    card = written(tmp_path, report, datasets=["wikitext", "allenai/c4:en"])
+    assert card.data.datasets == ["Salesforce/wikitext", "allenai/c4"]
+    assert "[allenai/c4](https://huggingface.co/datasets/allenai/c4)" in card.text
+    assert {result.dataset_type for result in card.data.eval_results} == {"Salesforce/wikitext", "arc_easy"}

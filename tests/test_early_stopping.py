@@ -135,6 +135,18 @@ REFUSED = {
         {"early_stopping_patience": 2, "eval_strategy": "no"},
         "eval_strategy must be steps or epoch with early_stopping_patience, got no",
     ),
+    "no evaluation for the best": (
+        {"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "no"},
+        "eval_strategy must be steps or epoch with load_best_model_at_end, got no",
+    ),
+    "a metric that is not measured": (
+        {"early_stopping_patience": 2, "eval_strategy": "steps", "metric_for_best_model": "eval_perplexity"},
+        "metric_for_best_model must be eval_bits_per_byte or eval_loss with early_stopping_patience, got eval_perplexit",
+    ),
+    "the worst as the best": (
+        {"early_stopping_patience": 2, "eval_strategy": "steps", "greater_is_better": True},
+        "greater_is_better must be false with early_stopping_patience, got true",
+    ),
 }
 
 

@@ -335,3 +335,28 @@ def test_a_file_that_holds_the_token_is_not_published(hub, run_folder, name):
     with pytest.raises(ConfigurationError, match=f"{name} must not hold the token"):
         push_student(run_folder)
     assert hub.requests == []
+
+
+def test_what_would_change_how_the_student_loads_leaves_the_repository(hub, run_folder):
+    push_student(run_folder)
+    foreign = {"adapter_config.json", "chat_template.jinja", "added_tokens.json", "report/old.svg"}
+    kept = {"LICENSE", "notes/plan.md", "README.md"}
+    published(hub).update({name: b"{}" for name in foreign | kept})
+    (run_folder / "README.md").unlink()
+    push_student(run_folder)
+    assert not foreign & published(hub).keys() and kept <= published(hub).keys()
+
+
+def test_a_folder_that_was_renamed_still_gives_the_card_the_repositorys_name(hub, run_folder):
+    push_student(run_folder.rename(run_folder.parent / "moved"), "other-name")
+    pushed = published(hub, "tester/other-name")["README.md"].decode()
+    assert pushed.count('from_pretrained("tester/other-name")') == 2 and "tiny-student" not in pushed
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer_config.json", "README.md"])
+def test_a_damaged_file_is_named_before_the_hub_is_asked(hub, run_folder, name):
+    content = (run_folder / name).read_bytes()
+    (run_folder / name).write_bytes(b"\xff" + content if name == "README.md" else content[: len(content) // 2])
+    with pytest.raises(ConfigurationError, match=f"{name} is damaged: .* Train again, or give another folder."):
+        push_student(run_folder)
+    assert hub.requests == []

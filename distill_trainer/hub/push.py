@@ -1,16 +1,18 @@
 """The upload of a run's bare student with its card, report and settings: `python -m distill_trainer.hub push`."""
 
-import argparse
+import json
 import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from distill_trainer.errors import ConfigurationError, DistillationError
-from distill_trainer.parsing import SETTINGS_FILE
+from distill_trainer.parsing import SETTINGS_FILE, OneLineParser
 
 WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 CARD = "README.md"
@@ -21,6 +23,8 @@ STUDENT_FILES = (
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("chat_template.jinja", "additional_chat_templates/*.jinja", CARD, SETTINGS_FILE, "report/*"),
 )
+# What an earlier push may have left that would change how this student loads, beside the files above.
+FOREIGN_FILES = ("adapter_*",)
 RETRY_WAITS = (1, 3)
 
 
@@ -35,9 +39,9 @@ def push_student(
 ) -> str:
     """URL of the Hub repository that now holds the student, its card, report and settings, as in `folder`.
 
-    Only `STUDENT_FILES` are sent, in one commit: a push that is cut off leaves the repository as it was. Weight files
-    of an earlier push that this student does not have are deleted. Where the card names the folder, the pushed one
-    names the repository.
+    Only `STUDENT_FILES` are sent, in one commit: a push that is cut off leaves the repository as it was. What the
+    repository has under these names and this student has not is deleted, but for the card, and so are adapters, with
+    which another model would load. Where the card names the folder, the pushed one names the repository.
 
     Args:
         folder: Output folder of a run, a checkpoint, or an export.
@@ -151,13 +155,26 @@ def _check_student(folder: Path) -> None:
     if not folder.is_dir():
         raise ConfigurationError(f"folder must be one that exists, got {folder}. Give the output folder of a run.")
     index = folder / "model.safetensors.index.json"
-    shards = set(re.findall(r"model-[^\"]+\.safetensors", index.read_text())) if index.is_file() else set()
+    text = index.read_text(encoding="utf-8", errors="replace") if index.is_file() else ""
+    shards = set(re.findall(r"model-[^\"]+\.safetensors", text))
     needed = ("config.json", "tokenizer_config.json", *(sorted(shards) or WEIGHT_FILES[:1]))
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         adapter = (folder / "adapter_config.json").is_file()
         mend = "Merge its LoRA adapter with export_student first." if adapter else "Give the output folder of a run."
         raise ConfigurationError(f"folder must hold a student, got {folder} without {', '.join(missing)}. {mend}")
+    for name in (*needed, CARD):
+        path = folder / name
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+            elif path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.is_file():
+                path.read_text(encoding="utf-8")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ConfigurationError(f"{path} is damaged: {error}. Train again, or give another folder.") from error
 
 
 def _upload(api: Any, folder: Path, repo_id: str, private: bool | None, revision: str | None, message: str) -> str:
@@ -169,19 +186,24 @@ def _upload(api: Any, folder: Path, repo_id: str, private: bool | None, revision
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     sent = list(filter_repo_objects(files, allow_patterns=list(STUDENT_FILES)))
-    weights = filter_repo_objects(api.list_repo_files(repo_id, revision=revision), allow_patterns=list(WEIGHT_FILES))
+    there = api.list_repo_files(repo_id, revision=revision)
+    ours = set(filter_repo_objects(there, allow_patterns=[*STUDENT_FILES, *FOREIGN_FILES]))
     operations = [
         CommitOperationAdd(name, _card_for(folder, repo_id) if name == CARD else folder / name) for name in sent
     ]
-    # from_pretrained prefers an old single file to new shards, so old weights must not stay.
-    operations += [CommitOperationDelete(name) for name in set(weights) - set(sent)]
+    # An old single file would win over new shards, an adapter or a template over what this student has.
+    operations += [CommitOperationDelete(name) for name in sorted(ours - {*sent, CARD})]
     api.create_commit(repo_id, operations, commit_message=message, revision=revision)
     return f"{url}/tree/{revision}" if revision else url
 
 
 def _card_for(folder: Path, repo_id: str) -> bytes:
-    """The folder's card, with the repository's name where the run wrote the folder's."""
-    name, card = folder.resolve().name, (folder / CARD).read_text(encoding="utf-8")
+    """The folder's card, with the repository's name where the run wrote that of its folder, which may have moved."""
+    card = (folder / CARD).read_text(encoding="utf-8")
+    found = re.search(r'from_pretrained\("([^"/]+)"\)', card)
+    if found is None:
+        return card.encode()
+    name = found[1]
     card = card.replace(f'from_pretrained("{name}")', f'from_pretrained("{repo_id}")')
     title = repo_id.split("/")[1]
     return re.sub(rf"^(# |- name: ){re.escape(name)}$", rf"\g<1>{title}", card, flags=re.MULTILINE).encode()
@@ -197,16 +219,9 @@ def _hub_error(cause: BaseException, status: int | None, repo_id: str, mend: str
     return DistillationError(f"The Hub must accept the upload to {repo_id}, got {got.rstrip('.')}. {mend}")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Ends with exit code 2 and one line on standard error if the push fails."""
-    parser = _Parser(prog="python -m distill_trainer.hub", description="Publish a distilled student.")
+    parser = OneLineParser(prog="python -m distill_trainer.hub", description="Publish a distilled student.")
     push = parser.add_subparsers(dest="action", required=True).add_parser("push", help="Upload a finished run.")
     push.add_argument("folder", metavar="RUN_DIR", help="Output folder of a run.")
     push.add_argument("repo_id", metavar="REPO", nargs="?", help="name or namespace/name; default: the folder's name.")

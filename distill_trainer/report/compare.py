@@ -1,14 +1,14 @@
 """Finished runs side by side: `python -m distill_trainer.report compare RUN1 RUN2 ... [--output FILE.html]`."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from distill_trainer.errors import ConfigurationError, DataError, DistillationError
+from distill_trainer.parsing import OneLineParser
 from distill_trainer.report.build import write_atomically
 from distill_trainer.report.elements import note, table
 from distill_trainer.report.style import STYLE
@@ -45,6 +45,10 @@ def read_run(path: str | Path) -> dict[str, Any]:
         raise DataError(f"{found} cannot be read as a report: {' '.join(str(error).split())}") from error
     if not isinstance(report, dict) or report.get("schema") != 1 or not isinstance(report.get("student"), dict):
         raise DataError(f"{found} is no report of schema 1. Run the evaluation again with this version.")
+    try:
+        text_page([(str(path), report)])
+    except (TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{found} is damaged: {error}. Run the evaluation again.") from error
     return report
 
 
@@ -100,16 +104,9 @@ def comparison_page(runs: Sequence[Run]) -> str:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Ends with exit code 2 and one line on standard error for what the user can mend."""
-    parser = _Parser(prog="python -m distill_trainer.report", description="Reports of finished runs.")
+    parser = OneLineParser(prog="python -m distill_trainer.report", description="Reports of finished runs.")
     command = parser.add_subparsers(dest="action", required=True).add_parser("compare", help="Set runs side by side.")
     command.add_argument("runs", metavar="RUN", nargs="+", help="Output folder of a run, or its report.json.")
     command.add_argument("--output", metavar="FILE.html", type=Path, help="Also write the comparison as a page.")

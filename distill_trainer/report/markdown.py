@@ -76,12 +76,12 @@ def headline(report: dict[str, Any]) -> str:
             number(figures["bits_per_byte"], 4),
             perplexity(figures.get("word_perplexity")),
             parameters(figures),
-            number(figures.get("size_mb"), 0, " MB"),
+            number(figures.get("disk_mb"), 1, " MB"),
             short(figures.get("bytes_per_second"), "B/s"),
         )
         for role, figures in model_rows(report)
     ]
-    return _table(("model", "bits per byte", "word perplexity", "parameters", "size", "text per second"), rows)
+    return _table(("model", "bits per byte", "word perplexity", "parameters", "on disk", "text per second"), rows)
 
 
 def _token_table(report: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from distill_trainer.report.tables import (
 from distill_trainer.report.texts import passages_panel, samples_panel
 from distill_trainer.report.wording import (
     ROLES,
+    bits,
     command_line,
     model_rows,
     number,
@@ -79,7 +80,7 @@ def _headline(report: dict[str, Any]) -> str:
             f"<b>{number(value, 4)}</b>",
             escape(perplexity(figures.get("word_perplexity"))),
             escape(parameters(figures)),
-            escape(number(figures.get("size_mb"), 0, " MB")),
+            escape(number(figures.get("disk_mb"), 1, " MB")),
             escape(short(figures.get("bytes_per_second"), "B/s")),
         )
         marks = " ".join(["student"] * (role == "student") + ["best"] * (value == best))
@@ -88,7 +89,7 @@ def _headline(report: dict[str, Any]) -> str:
         rows.append(f'<tr class="{marks}"><th scope=row><i class="dot {role}"></i>{ROLES[role]}</th>{row}</tr>')
     head = (
         "<th scope=col>model</th><th scope=col>bits per byte</th><th scope=col class=wide>word perplexity</th>"
-        "<th scope=col>parameters</th><th scope=col class=wide>size</th><th scope=col>text speed</th>"
+        "<th scope=col>parameters</th><th scope=col class=wide>on disk</th><th scope=col>text speed</th>"
     )
     body = f"<table class=headline><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f'<div class="scroll bare" tabindex=0>{body}</div>'
@@ -102,12 +103,14 @@ def _benchmarks(report: dict[str, Any]) -> str:
 def _tiles(report: dict[str, Any]) -> str:
     """The four figures that people ask for first, large."""
     compression, retention = report.get("compression") or {}, report.get("retention") or {}
-    closed = retention.get("gap_closed")
+    closed, student, teacher = retention.get("gap_closed"), bits(report, "student"), bits(report, "teacher")
+    beats = student is not None and teacher is not None and student < teacher
     tiles = (
-        (percent(None if closed is None or closed < 0 else closed), "of the gap to the teacher closed"),
+        (percent(None if closed is None or closed < 0 or beats else closed), "of the gap to the teacher closed"),
+        (number(teacher - student, 4) if beats else "-", "bits per byte better than the teacher"),
         (percent(None if closed is None or closed >= 0 else -closed), "wider gap to the teacher"),
         (number(compression.get("parameter_ratio"), 1, "×"), "fewer parameters"),
-        (percent(compression.get("size_reduction")), "smaller"),
+        (percent(compression.get("size_reduction")), "smaller in memory"),
         (number(compression.get("speedup"), 1, "×"), "the teacher's speed"),
     )
     shown = "".join(f"<li><b>{value}</b> {label}</li>" for value, label in tiles if value != "-")

@@ -40,7 +40,7 @@ p{margin:12px 0;max-width:74ch}
 .verdict{max-width:none;margin:24px 0;padding:16px 20px;background:var(--card);border-left:5px solid var(--before);
 border-radius:8px;font-size:18px;line-height:1.45}
 .verdict.paid{border-color:var(--teacher)}
-.verdict.lost{border-color:var(--baseline)}
+.verdict.lost,.verdict.worse{border-color:var(--baseline)}
 table{width:100%;border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:10px 12px;text-align:right;border-bottom:1px solid var(--line);font-weight:400}
 th:first-child{text-align:left}

@@ -34,7 +34,7 @@ def sections(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
             "Compression",
             [
                 ("teacher parameters per student parameter", number(compression.get("parameter_ratio"), 2)),
-                ("size saved", percent(saved)),
+                ("memory of the weights saved", percent(saved)),
                 ("speed-up, per byte of text", number(compression.get("speedup"), 2, "×")),
                 ("speed-up of generation, per byte", number(compression.get("generation_speedup"), 2, "×")),
             ],

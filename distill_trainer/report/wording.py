@@ -1,5 +1,7 @@
 """How the report names models and writes numbers, and its plain sentences: shared by terminal, Markdown and HTML."""
 
+import shlex
+from pathlib import PurePath
 from typing import Any
 
 from distill_trainer.parsing import SETTINGS_FILE, settings_text
@@ -67,9 +69,10 @@ def command_line(report: dict[str, Any]) -> str:
     return f"{_launcher(report)} {command}" if words and words[0].endswith(".py") else command
 
 
-def command_again(report: dict[str, Any]) -> str:
-    """The command that trains the same student from the settings that the run wrote."""
-    return f"{_launcher(report)} run_distillation.py {SETTINGS_FILE}"
+def command_again(report: dict[str, Any], folder: str = "") -> str:
+    """The command that trains the same student from the settings that the run wrote into `folder`, in another one."""
+    path = shlex.quote(str(PurePath(folder, SETTINGS_FILE)))
+    return f"{_launcher(report)} run_distillation.py {path} --output_dir outputs/again"
 
 
 def _launcher(report: dict[str, Any]) -> str:
@@ -82,16 +85,23 @@ def settings_of(report: dict[str, Any]) -> tuple[str, str]:
     settings = (report.get("environment") or {}).get("settings")
     if settings is None:
         return "", ""
+    folder = str((report.get("student") or {}).get("name") or "")
     note = (
         "All settings that are not the defaults, those of the file and of the flags. The run's folder holds them as "
-        f"{SETTINGS_FILE}, which trains the same student: {command_again(report)}"
+        f"{SETTINGS_FILE}, which trains the same student: {command_again(report, folder)}"
     )
     return note, settings_text(settings)
 
 
 def outcome(report: dict[str, Any]) -> str:
-    """`paid`, `lost` or `draw` of distillation against fine-tuning alone, `unknown` without a baseline."""
+    """`paid`, `lost` or `draw` of distillation against fine-tuning alone, `unknown` without a baseline.
+
+    `worse` where no training left the student better than it was.
+    """
     student, baseline = bits(report, "student"), bits(report, "baseline")
+    before, ends = bits(report, "student_before"), [end for end in (student, baseline) if end is not None]
+    if student is not None and before is not None and min(ends) > (1 + DRAW) * before:
+        return "worse"
     if student is None or baseline is None:
         return "unknown"
     if abs(baseline - student) <= DRAW * baseline:
@@ -106,6 +116,13 @@ def verdict(report: dict[str, Any]) -> str:
     result = outcome(report)
     if result == "unknown":
         return "No verdict: without a baseline nobody can tell whether the teacher helped. Set run_baseline to true."
+    if result == "worse":
+        before = bits(report, "student_before")
+        alone = "" if baseline is None else f", and fine-tuning alone {baseline:.4f}"
+        return (
+            f"Training made the student worse: it needed {before:.4f} bits per byte before, and needs {student:.4f} "
+            f"after distillation{alone}."
+        )
     if result == "draw":
         return (
             f"A draw: the distilled student ({student:.4f} bits per byte) and the same student fine-tuned without a "
@@ -145,8 +162,10 @@ def case_sentence(report: dict[str, Any]) -> str:
 def _end(end: float, closed: float, before: float, teacher: float) -> str:
     """Where a training ended: between the student's start and its teacher, or beyond one of them."""
     if end > before:
-        return f"ended {end - before:.4f} above that start"
-    return f"ended {teacher - end:.4f} below the teacher" if end < teacher else f"closed {percent(closed)} of that gap"
+        return f"ended {end - before:.4f} worse than that start"
+    if end < teacher:
+        return f"ended {teacher - end:.4f} better than the teacher"
+    return f"closed {percent(closed)} of that gap"
 
 
 def steps_sentence(report: dict[str, Any]) -> str:

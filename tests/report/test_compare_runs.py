@@ -69,6 +69,9 @@ REFUSED = {
     "a missing folder": (["first", "nowhere"], "nowhere has no report: there is no nowhere/report/report.json."),
     "no JSON": (["first", "broken.json"], "broken.json cannot be read as a report"),
     "another JSON": (["first", "other.json"], "other.json is no report of schema 1."),
+    "text for a number": (["first", "text.json"], "text.json is damaged: "),
+    "a list for a number": (["first", "bytes.json"], "bytes.json is damaged: "),
+    "a list for a mapping": (["first", "data.json"], "data.json is damaged: "),
     "a list": (["first", "list.json"], "list.json is no report of schema 1."),
     "not a page": (["first", "second", "--output", "runs.pdf"], "--output must end in .html, got runs.pdf."),
     "no such place": (["first", "second", "--output", "no/x.html"], "--output cannot be written to no/x.html"),
@@ -78,7 +81,15 @@ REFUSED = {
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_compared_is_refused_in_one_line(runs, capsys, arguments, message):
-    for name, content in (("broken", '{"schema'), ("other", '{"schema": 2}'), ("list", "[1]")):
+    good = '{"schema": 1, "student": {}, '
+    damaged = {
+        "text": '"student": {"bits_per_byte": "a"}}',
+        "bytes": '"data": {"scored_bytes": [1]}}',
+        "data": '"data": [1]}',
+    }
+    contents = {"broken": '{"schema', "other": '{"schema": 2}', "list": "[1]"}
+    contents |= {name: good + content for name, content in damaged.items()}
+    for name, content in contents.items():
         (runs / f"{name}.json").write_text(content)
     before = sorted(runs.rglob("*"))
     with pytest.raises(SystemExit) as ended:

@@ -84,7 +84,7 @@ def test_pages_show_the_settings_and_the_command_that_trains_from_them(report):
     report["environment"]["settings"] = {"datasets": ["a<b>.txt"], "max_steps": 6}
     for text in (Page(html_page(report, [])).text, markdown_page(report, [])):
         assert "- a<b>.txt" in text and "max_steps: 6" in text and text.count("Settings") == 1
-        assert "python run_distillation.py training_config.yaml" in text
+        assert "python run_distillation.py tiny-llama/training_config.yaml --output_dir outputs/again" in text
     del report["environment"]["settings"]
     assert "Settings" not in html_page(report, []) + markdown_page(report, [])
 
@@ -226,6 +226,19 @@ def _ordinary_file(folder):
         (2.3225, 2.3230, "draw", "A draw: the distilled student (2.3225 bits per byte)"),
         (2.3230, 2.3225, "draw", "A draw"),
         (2.2758, None, "unknown", "No verdict: without a baseline"),
+        (
+            2.9,
+            None,
+            "worse",
+            "Training made the student worse: it needed 2.8311 bits per byte before, and needs 2.9000",
+        ),
+        (
+            2.9,
+            3.0,
+            "worse",
+            "Training made the student worse: it needed 2.8311 bits per byte before, and needs 2.9000",
+        ),
+        (2.9, 2.8, "lost", "Fine-tuning alone did better"),
     ],
 )
 def test_the_verdict_says_whether_the_teacher_helped(report, student, baseline, result, words):
@@ -248,8 +261,8 @@ def test_the_case_says_how_much_there_was_to_learn(report):
 @pytest.mark.parametrize(
     ("student", "closed", "words"),
     [
-        (2.9, -0.0622, "Distillation ended 0.0689 above that start, fine-tuning alone closed 46 % of that gap."),
-        (1.7, 1.0183, "Distillation ended 0.0203 below the teacher, fine-tuning alone closed 46 % of that gap."),
+        (2.9, -0.0622, "Distillation ended 0.0689 worse than that start, fine-tuning alone closed 46 % of that gap."),
+        (1.7, 1.0183, "Distillation ended 0.0203 better than the teacher, fine-tuning alone closed 46 % of that gap."),
     ],
 )
 def test_a_student_that_ends_outside_the_gap_did_not_close_a_share_of_it(report, student, closed, words):
@@ -259,7 +272,8 @@ def test_a_student_that_ends_outside_the_gap_did_not_close_a_share_of_it(report,
         assert words in text and "closed -" not in text
     tiles = Page(html_page(report, [])).text
     assert ("6 % wider gap to the teacher" in tiles) == (closed < 0)
-    assert ("102 % of the gap to the teacher closed" in tiles) == (closed > 0)
+    assert "of the gap to the teacher closed" not in tiles
+    assert ("0.0203 bits per byte better than the teacher" in tiles) == (closed > 0)
 
 
 EARLY = "Early stopping, each by its own evaluations: distillation ended after step 360 of 480, scored is step {}; "
