@@ -105,10 +105,8 @@ def test_the_text_holds_the_headline_the_plots_the_data_and_how_to_train_it_agai
     assert "[Salesforce/wikitext](https://huggingface.co/datasets/Salesforce/wikitext)" in text
     assert "from the teacher [org/teacher](https://huggingface.co/org/teacher)." in text
     assert "```bash\naccelerate launch --num_processes 2 run_distillation.py a.yaml\n```" in text
-    assert (
-        "```bash\naccelerate launch --num_processes 2 run_distillation.py training_config.yaml --output_dir outputs/again\n```"
-        in text
-    )
+    again = "accelerate launch --num_processes 2 run_distillation.py training_config.yaml --output_dir outputs/again"
+    assert f"```bash\n{again}\n```" in text
 
 
 def test_the_licence_is_the_students_and_that_of_the_teacher_is_named(tmp_path, report):

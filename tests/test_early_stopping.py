@@ -141,7 +141,7 @@ REFUSED = {
     ),
     "a metric that is not measured": (
         {"early_stopping_patience": 2, "eval_strategy": "steps", "metric_for_best_model": "eval_perplexity"},
-        "metric_for_best_model must be eval_bits_per_byte or eval_loss with early_stopping_patience, got eval_perplexit",
+        "metric_for_best_model must be eval_bits_per_byte or eval_loss with early_stopping_patience, got eval_p",
     ),
     "the worst as the best": (
         {"early_stopping_patience": 2, "eval_strategy": "steps", "greater_is_better": True},
