@@ -17,7 +17,7 @@ from distill_trainer.report.tables import (
     decile_table,
     reliability_rows,
 )
-from distill_trainer.report.wording import layer_note, number, percent
+from distill_trainer.report.wording import number, percent
 
 # More rows than this would bury the page; the busiest are shown.
 MAX_EXPERT_ROWS = 16
@@ -41,10 +41,9 @@ def router_panel(report: dict[str, Any], plots: Sequence[Plot], facts: str) -> s
     below = {"reliability": note(RELIABILITY_NOTE) + numbers(RELIABILITY_HEADER, reliability_rows(report))}
     figures = {name: figure(plot, below.get(name, "")) for name, plot in drawn.items()}
     training, reliability = (figures.get("expert_load"), figures.get("router")), figures.get("reliability")
-    loads = _loads(router), *training, _layer_loads(router), _class_loads(router)
-    cards = "".join(filter(None, (facts, *loads, reliability)))
+    cards = "".join(filter(None, (facts, _loads(router), *training, _class_loads(router), reliability)))
     panel = (f"<div class=grid>{cards}</div>" if cards else "") + _examples(router)
-    return f"<h2>Student-aware router</h2>{note(layer_note(report))}{panel}" if panel else ""
+    return f"<h2>Student-aware router</h2>{panel}" if panel else ""
 
 
 def gap_panel(report: dict[str, Any], plots: Sequence[Plot]) -> str:
@@ -93,28 +92,7 @@ def _loads(router: dict[str, Any]) -> str:
         "<section class=card><h3>Expert load on held-out text</h3><table class=bars><thead><tr>"
         "<th scope=col>expert</th><td></td><th scope=col class=router>router</th><th scope=col class=gate>gate</th>"
         f"</tr></thead><tbody>{rows}</tbody></table>"
-        + note(f"Router: share of the routing weight. Gate: share of its own selections.{kept}")
-        + "</section>"
-    )
-
-
-def _layer_loads(router: dict[str, Any]) -> str:
-    """Two bars per re-routed layer, cut into the experts' shares: the router's and the gate's. Empty for one layer."""
-    layers = router.get("layers") or []
-    if len(layers) < 2:
-        return ""
-    num_experts = max(len(found["expert_load"]) for found in layers)
-    order = busiest(router["expert_load"], len(EXPERT_COLORS))
-    rows = "".join(
-        f"<dt>layer {found['layer']} <span>{percent(found['changed_fraction'])} changed</span></dt>"
-        f"<dd>{_stack('router', found['expert_load'], order)}{_stack('gate', found['gate_load'], order)}</dd>"
-        for found in layers
-    )
-    return (
-        "<section class=card><h3>Expert load by layer</h3>"
-        + _expert_legend(order, num_experts)
-        + f"<dl class=classes>{rows}</dl>"
-        + note("Changed: anchors whose first expert is not the gate's first. Router above, gate below.")
+        + note(f"Router: share of the routing weight. Gate: share of the teacher's own selections.{kept}")
         + "</section>"
     )
 
@@ -151,8 +129,7 @@ def _class_loads(router: dict[str, Any]) -> str:
 
 def _stack(label: str, loads: Sequence[float], order: Sequence[int]) -> str:
     """One bar of the experts' shares side by side; what is not in `order` comes last, in grey."""
-    # A layer may have fewer experts than the one that the order is from.
-    parts = [(f"expert {e}", f"e{slot}", loads[e] or 0) for slot, e in enumerate(order) if e < len(loads)]
+    parts = [(f"expert {e}", f"e{slot}", loads[e] or 0) for slot, e in enumerate(order)]
     if len(order) < len(loads):
         parts.append(("others", "ex", sum(share or 0 for e, share in enumerate(loads) if e not in order)))
     cuts = "".join(

@@ -20,8 +20,7 @@ def _expert_load(report: dict[str, Any], history: History, baseline_history: His
     loads: list[list[tuple[float, float]]] = []
     while points := series(history, f"distill/expert_load_{len(loads)}"):
         loads.append(points)
-    # Areas reach from one point to the next: one point has none.
-    if not loads or len(loads[0]) < 2:
+    if not loads:
         return []
     # A legend of more experts than there are colours would be taller than the plot.
     few = len(loads) <= len(EXPERT_COLORS)

@@ -53,8 +53,6 @@ def sections(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
         (
             "Router",
             [
-                ("re-routed layers", number(len(router.get("layers") or []) or None)),
-                ("layer of these figures, from 0", number(router.get("layer"))),
                 ("experts per anchor (top-k)", number(router.get("top_k"))),
                 ("other first expert than the gate", percent(router.get("changed_fraction"), 1)),
                 ("entropy, nats", number(router.get("entropy"), 3)),

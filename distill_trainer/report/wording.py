@@ -195,25 +195,9 @@ def router_sentence(report: dict[str, Any]) -> str:
         if same
         else "makes the teacher itself " + ("better" if aware < plain else "worse")
     )
-    where = f" in layer {router.get('layer')}" if len(router.get("layers") or []) > 1 else ""
     return (
         f"The student-aware router {effect}: {aware:.4f} against {plain:.4f} bits per byte. It picks another first "
-        f"expert than the teacher's gate{where} at {percent(router.get('changed_fraction'))} of the anchors."
-    )
-
-
-def layer_note(report: dict[str, Any]) -> str:
-    """Which of the teacher's layers the router's figures are about. Empty if the report does not know."""
-    router = report.get("router") or {}
-    layers = [found["layer"] for found in router.get("layers") or []]
-    if not layers:
-        return ""
-    if len(layers) == 1:
-        return f"The router is in layer {layers[0]} of the teacher, counted from 0."
-    return (
-        f"The router is in {len(layers)} layers of the teacher, from {layers[0]} to {layers[-1]}, counted from 0. "
-        f"Where no other is named, the figures are those of layer {router['layer']}. The gate of a layer reads what "
-        "the re-routed layers below it give, so it may choose otherwise than in the unchanged teacher."
+        f"expert than the teacher's own gate at {percent(router.get('changed_fraction'))} of the anchors."
     )
 
 

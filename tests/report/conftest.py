@@ -97,16 +97,6 @@ def report():
                 },
                 {"tokens": [{"text": "In", "expert": 0, "gate_expert": 0, "gap": 1.0}]},
             ],
-            "layer": 27,
-            "layers": [
-                {"layer": 3, "expert_load": [0.2, 0.7, 0.1], "gate_load": [0.1, 0.8, 0.1], "changed_fraction": 0.331},
-                {
-                    "layer": 27,
-                    "expert_load": [0.31, 0.44, 0.25],
-                    "gate_load": [0.52, 0.28, 0.20],
-                    "changed_fraction": 0.217,
-                },
-            ],
         },
         "gap": {
             "deciles": [

@@ -398,13 +398,6 @@ def test_only_what_was_logged_is_drawn(report, log_history, prefixes, names):
     assert [plot.name for plot in plots] == names
 
 
-def test_areas_over_a_single_step_are_not_drawn(log_history):
-    history = [{key: entry[key] for key in entry if key.startswith("distill/expert_load_")} for entry in log_history]
-    history = [entry | {"step": step} for step, entry in enumerate(history) if entry]
-    assert [plot.name for plot in draw_plots({}, history[:2], [], [])] == ["expert_load"]
-    assert draw_plots({}, history[:1], [], []) == []
-
-
 def test_losses_that_stay_off_are_not_drawn():
     history = [{"step": step, "distill/loss_kl": 0.0} for step in range(5)]
     assert draw_plots({}, history, [], []) == []

@@ -22,7 +22,7 @@ def pieces(page):
 def many_experts(report, count):
     loads = [expert / sum(range(count)) for expert in range(count)]
     report["router"] |= {"expert_load": loads, "gate_load": loads[::-1]}
-    for found in report["router"]["token_classes"] + report["router"]["layers"]:
+    for found in report["router"]["token_classes"]:
         found |= {"expert_load": loads, "gate_load": loads[::-1]}
     return loads
 
@@ -47,10 +47,6 @@ def test_loads_by_class_are_stacked_for_router_and_gate_and_said_in_words(report
     page = page_of(report)
     stacks = [tag["aria-label"] for tag in page.all("span") if tag.get("class", "").startswith("stack")]
     assert stacks == [
-        "router: expert 0 20 %, expert 1 70 %, expert 2 10 %",
-        "gate: expert 0 10 %, expert 1 80 %, expert 2 10 %",
-        "router: expert 0 31 %, expert 1 44 %, expert 2 25 %",
-        "gate: expert 0 52 %, expert 1 28 %, expert 2 20 %",
         "router: expert 0 30 %, expert 1 50 %, expert 2 20 %",
         "gate: expert 0 60 %, expert 1 30 %, expert 2 10 %",
         "router: expert 0 0 %, expert 1 8 %, expert 2 92 %",
@@ -59,7 +55,7 @@ def test_loads_by_class_are_stacked_for_router_and_gate_and_said_in_words(report
     assert "word start 70,123" in page.text and "digits 411" in page.text
     cuts = [tag for tag in page.all("i") if tag.get("title", "").startswith(("router,", "gate,"))]
     # Nothing is drawn for a share of zero.
-    assert [cut["class"] for cut in cuts] == ["e0", "e1", "e2"] * 6 + ["e1", "e2"] * 2
+    assert [cut["class"] for cut in cuts] == ["e0", "e1", "e2"] * 2 + ["e1", "e2"] * 2
     assert "30 % / 60 %" in page.text
 
 
@@ -71,7 +67,7 @@ def test_experts_beyond_the_colours_are_the_others(report):
     assert [part.rsplit(" ", 2)[0] for part in stack.removeprefix("router: ").split(", ")] == [*named, "others"]
     assert stack.endswith(f"others {100 * sum(loads[: -len(EXPERT_COLORS)]):.0f} %")
     assert f"The busiest {len(EXPERT_COLORS)} of 40 experts, the others grey." in page.text
-    assert page.text.count("n others") == 3
+    assert page.text.count("n others") == 2
     # The experts of the examples are among the least busy ones: grey, told apart by their numbers.
     assert {kind for kind, _ in pieces(page) if kind[0] == "e"} == {"ex", "ex other"}
     assert html_page(report, []).count("<sub>") == 4
@@ -193,24 +189,3 @@ def test_a_router_whose_loads_broke_does_not_break_the_page(report):
     report["router"]["token_classes"][0]["expert_load"] = [None, None, None]
     report["router"]["reliability"][0]["observed"] = None
     assert "None" not in page_of(report).text
-
-
-def test_the_layer_of_the_figures_is_named_and_all_layers_are_shown(report):
-    page = page_of(report)
-    assert "The router is in 2 layers of the teacher, from 3 to 27, counted from 0." in page.text
-    assert "the figures are those of layer 27" in page.text
-    assert "layer 3 33 % changed" in page.text and "layer 27 22 % changed" in page.text
-    assert "expert than the teacher's gate in layer 27 at 22 % of the anchors" in page.text
-    assert "| layer of these figures, from 0 | 27 |" in markdown_page(report, [])
-    # Another layer may have fewer experts.
-    report["router"]["layers"][0] |= {"expert_load": [0.9, 0.1], "gate_load": [0.8, 0.2]}
-    assert "router: expert 0 90 %, expert 1 10 %" in html_page(report, [])
-
-
-def test_one_layer_is_named_and_needs_no_chart(report):
-    del report["router"]["layers"][0]
-    page = page_of(report)
-    assert "The router is in layer 27 of the teacher, counted from 0." in page.text
-    assert "Expert load by layer" not in page.text and "teacher's gate at 22 % of" in page.text
-    del report["router"]["layers"], report["router"]["layer"]
-    assert "counted from 0" not in page_of(report).text
