@@ -12,24 +12,6 @@ from distill_trainer.teacher import TeacherOutput
 
 
 @dataclass
-class LayerDecision:
-    """What was decided in one re-routed layer at the anchors of one batch.
-
-    Attributes:
-        layer: Its index.
-        router: The router's decision.
-        gate_logits: The gate's scores of what the layer got, which re-routed layers below have changed,
-            `(num_anchors, num_experts)`.
-        gate_experts: The gate's own choice of the same, most weight first, `(num_anchors, gate_top_k)`.
-    """
-
-    layer: int
-    router: RouterOutput
-    gate_logits: Tensor
-    gate_experts: Tensor
-
-
-@dataclass
 class RoutedBatch:
     """The student-aware teacher at the anchors of one batch.
 
@@ -45,8 +27,7 @@ class RoutedBatch:
         logits: Over the teacher's vocabulary, `(num_anchors, teacher_vocab_size)`; None in training, which never holds
             them all at once.
         layers: Re-routed residual stream after layers below the last, by layer.
-        layer: The highest re-routed layer, None without a router.
-        others: The decisions in the other re-routed layers.
+        others: The router's decisions and the gate's scores at the other re-routed layers.
     """
 
     residual: Tensor
@@ -58,15 +39,7 @@ class RoutedBatch:
     gate_experts: Tensor | None = None
     logits: Tensor | None = None
     layers: dict[int, Tensor] = field(default_factory=dict)
-    layer: int | None = None
-    others: list[LayerDecision] = field(default_factory=list)
-
-    @property
-    def decisions(self) -> list[LayerDecision]:
-        """Of all re-routed layers, the highest first; empty without a router."""
-        if self.router is None:
-            return []
-        return [LayerDecision(self.layer, self.router, self.gate_logits, self.gate_experts), *self.others]
+    others: list[tuple[RouterOutput, Tensor]] = field(default_factory=list)
 
     def __getattr__(self, name: str):
         """The router's own figures, such as `selected_experts`, by their name."""

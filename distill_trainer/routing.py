@@ -5,11 +5,11 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from distill_trainer.aligned import AnchorBatch, LayerDecision, RoutedBatch
+from distill_trainer.aligned import AnchorBatch, RoutedBatch
 from distill_trainer.logit_loss import Survey
 from distill_trainer.losses.reduction import token_mean
 from distill_trainer.moe import ExpertCall
-from distill_trainer.router import ROUTER_PARTS, StudentAwareRouter, routing_losses, sample_experts
+from distill_trainer.router import ROUTER_PARTS, RouterOutput, StudentAwareRouter, routing_losses, sample_experts
 from distill_trainer.schedules import ScheduledValues
 from distill_trainer.teacher import Teacher
 
@@ -45,7 +45,7 @@ class Routing(nn.Module):
     def forward(self, at: AnchorBatch, survey: Survey, teacher: Teacher, values: ScheduledValues) -> RoutedBatch:
         """Let the routers choose at every anchor, and give what the teacher then holds."""
         student_states = at.select(at.trunk.last_hidden_state)
-        decisions: dict[int, LayerDecision] = {}
+        decisions: dict[int, tuple[RouterOutput, ExpertCall, Tensor]] = {}
 
         def choose(layer: int, own: ExpertCall) -> tuple[Tensor, Tensor]:
             gate_logits = own.gate_logits
@@ -61,9 +61,7 @@ class Routing(nn.Module):
             if not values.router_learns:
                 # Without a gradient to the weights the layers above keep no graph.
                 decision = decision.settled()
-            # Not all gates give their choice in order.
-            order = own.routing_weights.argsort(dim=-1, descending=True, stable=True)
-            decisions[layer] = LayerDecision(layer, decision, gate_logits, own.selected_experts.gather(-1, order))
+            decisions[layer] = decision, own, gate_logits
             if self.num_samples and layer == max(teacher.routed.depth):
                 weights, selected_experts = sample_experts(
                     decision.router_logits,
@@ -75,7 +73,10 @@ class Routing(nn.Module):
             return decision.selected_experts, decision.routing_weights
 
         rerouted = teacher.reroute(at.teacher, choose)
-        top = decisions.pop(max(decisions))
+        top = max(decisions)
+        router, own, gate_logits = decisions.pop(top)
+        # Not all gates give their choice in order.
+        order = own.routing_weights.argsort(dim=-1, descending=True, stable=True)
         residual = rerouted.residual.mean(dim=1) if self.num_samples else rerouted.residual
         return RoutedBatch(
             residual,
@@ -83,20 +84,19 @@ class Routing(nn.Module):
             survey.gap,
             at.teacher.anchors.mask,
             layers=rerouted.layers,
-            router=top.router,
-            gate_logits=top.gate_logits,
-            gate_experts=top.gate_experts,
-            layer=top.layer,
-            others=list(decisions.values()),
+            router=router,
+            gate_logits=gate_logits,
+            gate_experts=own.selected_experts.gather(-1, order),
+            others=[(decision, logits) for decision, _, logits in decisions.values()],
         )
 
 
 def router_losses(at: AnchorBatch, routed: RoutedBatch, survey: Survey) -> dict[str, Tensor]:
     """The parts of the routers' objective that need no logits, averaged over the re-routed layers."""
+    decisions = [(routed.router, routed.gate_logits), *routed.others]
     target = survey.true_logprobs.exp()
     parts = [
-        routing_losses(decision.router, decision.gate_logits, target, num_items_in_batch=at.num_anchors)
-        for decision in routed.decisions
+        routing_losses(decision, logits, target, num_items_in_batch=at.num_anchors) for decision, logits in decisions
     ]
     return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 

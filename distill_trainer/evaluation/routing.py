@@ -14,7 +14,7 @@ from distill_trainer.tokens import token_bytes
 
 ROUTER_KEYS = (
     *("expert_load", "gate_load", "changed_fraction", "entropy", "top_k", "capacity", "gap"),
-    *("token_classes", "reliability", "calibration_error", "examples", "layer", "layers"),
+    *("token_classes", "reliability", "calibration_error", "examples"),
 )
 TOKEN_CLASSES = ("word start", "word part", "digits", "punctuation", "blank", "other")
 # Anchors with about the same estimated capacity that one point of the reliability curve stands for: a tenth of all.
@@ -136,23 +136,6 @@ def router_sums(routed: RoutedBatch, classes: Tensor) -> dict[str, Tensor]:
     }
 
 
-def layer_sums(routed: RoutedBatch) -> dict[int, Tensor]:
-    """The choices in each re-routed layer, summed over the anchors of one batch.
-
-    Returns:
-        By layer from the bottom up, `(2 * num_experts + 1,)` float64: routing weight per expert, the gate's selections
-        per expert, and the anchors whose first expert is not the gate's first.
-    """
-    sums = {}
-    for found in reversed(routed.decisions):
-        selected, gate = found.router.selected_experts.cpu(), found.gate_experts.cpu()
-        none = torch.zeros(found.gate_logits.shape[-1], dtype=torch.float64)
-        load = none.index_put((selected,), found.router.routing_weights.cpu().double(), accumulate=True)
-        changed = (selected[:, :1] != gate[:, :1]).double().sum(dim=0)
-        sums[found.layer] = torch.cat([load, torch.bincount(gate.flatten(), minlength=len(none)).double(), changed])
-    return dict(sorted(sums.items()))
-
-
 def _shares(load: Tensor) -> list[float]:
     return (load / load.sum()).tolist()
 
@@ -180,7 +163,6 @@ class RoutingRecord:
         self.tokenizer = teacher_tokenizer
         self.windows, self._passed = passage_windows(batches), 0
         self.sums: dict[str, Tensor] = {}
-        self.layers: dict[int, Tensor] = {}
         self.answers: list[Tensor] = []
         self.examples: list[dict[str, Any]] = []
         self.top_k = 0
@@ -197,7 +179,6 @@ class RoutingRecord:
         index = anchor_index(batch, "teacher", routed.mask, CPU)
         sums = router_sums(routed, self._token_classes(batch["teacher_input_ids"].cpu()[index]))
         self.sums = {key: value + self.sums[key] for key, value in sums.items()} if self.sums else sums
-        self.layers = {layer: value + self.layers.get(layer, 0) for layer, value in layer_sums(routed).items()}
         capacity = routed.router.capacity.cpu().double().unsqueeze(-1)
         self.answers.append(torch.cat([capacity, answers[routed.mask.cpu()].double()], dim=-1))
         self.top_k = routed.router.selected_experts.shape[1]
@@ -213,9 +194,7 @@ class RoutingRecord:
             `expert_load` (share of the routing weight per expert), `gate_load` (share of the gate's selections),
             `changed_fraction` (anchors whose first expert is not the gate's first), mean `entropy` (nats), `capacity`
             and `gap` (nats), `top_k`; `token_classes`, the loads by the kind of the teacher's token that ends at the
-            anchor; `reliability` of the capacity and its `calibration_error`; and `examples`. All these are those of
-            the highest re-routed layer, whose index is `layer`; `layers` has loads and changed fraction of each, from
-            the bottom up.
+            anchor; `reliability` of the capacity and its `calibration_error`; and `examples`.
         """
         anchors = int(self.sums["class_anchors"].sum()) if self.sums else 0
         if not anchors:
@@ -242,16 +221,6 @@ class RoutingRecord:
             "reliability": bins or None,
             "calibration_error": calibration_error(bins) if bins else None,
             "examples": self.examples,
-            "layer": max(self.layers),
-            "layers": [
-                {
-                    "layer": layer,
-                    "expert_load": _shares(sums[: len(sums) // 2]),
-                    "gate_load": _shares(sums[len(sums) // 2 : -1]),
-                    "changed_fraction": sums[-1].item() / anchors,
-                }
-                for layer, sums in self.layers.items()
-            ],
         }
 
     def _token_classes(self, ids: Tensor) -> Tensor:
