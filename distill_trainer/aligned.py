@@ -12,6 +12,22 @@ from distill_trainer.teacher import TeacherOutput
 
 
 @dataclass
+class LayerDecision:
+    """What was chosen at the anchors in one re-routed layer.
+
+    Attributes:
+        router: The router's decision.
+        gate_logits: The gate's scores of what the router was asked about, `(num_anchors, num_experts)`: above another
+            re-routed layer not what the gate scores in the teacher as it is.
+        gate_experts: The gate's own choice in the teacher as it is, most weight first, `(num_anchors, gate_top_k)`.
+    """
+
+    router: RouterOutput
+    gate_logits: Tensor
+    gate_experts: Tensor
+
+
+@dataclass
 class RoutedBatch:
     """The student-aware teacher at the anchors of one batch.
 
@@ -21,29 +37,33 @@ class RoutedBatch:
             several, whose beliefs are averaged.
         gap: KL(teacher with its own gate || student), nats, `(num_anchors,)`.
         mask: Which of the batch's anchors these are, `(batch_size, num_anchors_in_row)`.
-        router: The router's decision at the highest re-routed layer, None without a router.
-        gate_logits: The gate's scores, None without a router, `(num_anchors, num_experts)`.
-        gate_experts: The gate's own choice, most weight first, None without a router, `(num_anchors, gate_top_k)`.
+        decisions: By re-routed layer, from the bottom up; empty without a router.
         logits: Over the teacher's vocabulary, `(num_anchors, teacher_vocab_size)`; None in training, which never holds
             them all at once.
         layers: Re-routed residual stream after layers below the last, by layer.
-        others: The router's decisions and the gate's scores at the other re-routed layers.
     """
 
     residual: Tensor
     hidden_states: Tensor
     gap: Tensor
     mask: Tensor
-    router: RouterOutput | None = None
-    gate_logits: Tensor | None = None
-    gate_experts: Tensor | None = None
+    decisions: dict[int, LayerDecision] = field(default_factory=dict)
     logits: Tensor | None = None
     layers: dict[int, Tensor] = field(default_factory=dict)
-    others: list[tuple[RouterOutput, Tensor]] = field(default_factory=list)
+
+    @property
+    def highest(self) -> LayerDecision | None:
+        """The decision in the highest re-routed layer, None without a router."""
+        return self.decisions[max(self.decisions)] if self.decisions else None
+
+    @property
+    def router(self) -> RouterOutput | None:
+        """The router's decision there, None without one."""
+        return self.highest.router if self.highest else None
 
     def __getattr__(self, name: str):
         """The router's own figures, such as `selected_experts`, by their name."""
-        if name in RouterOutput.__dataclass_fields__ and self.__dict__.get("router") is not None:
+        if name in RouterOutput.__dataclass_fields__ and self.__dict__.get("decisions"):
             return getattr(self.router, name)
         raise AttributeError(name)
 

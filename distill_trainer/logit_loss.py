@@ -89,7 +89,7 @@ class AnchorLoss:
     ):
         self.settings, self.projection, self.at, self.survey = settings, projection, at, survey
         self.weights, self.temperature = weights, temperature
-        self.routes = routed.router is not None
+        self.routes = bool(routed.decisions)
         self.num_items = max(len(at.labels), 1) if at.num_items is None else at.num_items
         self.num_anchors = max(len(at.upcoming), 1) if at.num_anchors is None else at.num_anchors
         self.anchor_weights = (

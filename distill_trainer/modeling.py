@@ -288,6 +288,6 @@ class DistillationModel(nn.Module):
             "gap_difference": -survey.true_logprobs[same_next].sum() - teacher_loss,
             "gap_count": same_next.sum().float(),
         }
-        if routed.router is not None:
+        if routed.decisions:
             metrics |= routing_metrics(at, routed)
         return metrics

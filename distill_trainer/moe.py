@@ -158,3 +158,18 @@ def record_experts(block: nn.Module) -> Iterator[list[ExpertCall]]:
 
     with watch_experts(block, on_experts, before=False) as scores:
         yield calls
+
+
+@contextmanager
+def record_choices(block: nn.Module) -> Iterator[list[Tensor]]:
+    """Record the experts that a block's gate selects at every call, most weight first, `(num_tokens, top_k)`."""
+    choices: list[Tensor] = []
+
+    def on_experts(module, inputs, kwargs):
+        _, selected_experts, routing_weights = (*inputs, *kwargs.values())[:3]
+        # Not all gates give their choice in order.
+        order = routing_weights.argsort(dim=-1, descending=True, stable=True)
+        choices.append(selected_experts.gather(-1, order))
+
+    with watch_experts(block, on_experts, before=True):
+        yield choices

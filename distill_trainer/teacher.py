@@ -15,7 +15,7 @@ from distill_trainer.anchors import Anchors, Spans
 from distill_trainer.errors import UnsupportedModelError
 from distill_trainer.layer_plan import RoutedLayers
 from distill_trainer.mixing import like_the_gate, mix_experts, reroute_experts
-from distill_trainer.moe import ExpertCall, expert_layers, gate_rows, record_experts
+from distill_trainer.moe import ExpertCall, expert_layers, gate_rows, record_choices, record_experts
 from distill_trainer.replay import LayerCall, record_calls, replay
 from distill_trainer.taps import decoder_layers, final_norm, output_head, run_trunk
 
@@ -42,6 +42,8 @@ class TeacherOutput:
         inner_states: Input of the head at the inner tokens of the spans, `(num_inner, hidden_size)`.
         calls: How the layers were called that run again to be re-routed, by layer.
         sequence_length: Tokens in a row of the batch.
+        gate_experts: What the gates of the re-routed layers chose, most weight first, `(num_anchors, gate_top_k)`, by
+            layer. In a second run re-routed layers below change what a gate reads, and so its choice there.
     """
 
     anchors: Anchors
@@ -55,6 +57,7 @@ class TeacherOutput:
     inner_states: Tensor
     calls: dict[int, LayerCall] = field(default_factory=dict)
     sequence_length: int = 0
+    gate_experts: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def tokens(self) -> Tensor:
@@ -152,6 +155,7 @@ class Teacher:
             in_place += self.routed.depth
         with ExitStack() as stack:
             recorded = {layer: stack.enter_context(record_experts(self.blocks[layer])) for layer in in_place}
+            choices = {layer: stack.enter_context(record_choices(self.blocks[layer])) for layer in self.routed.all}
             calls = stack.enter_context(record_calls(self.replayed))
             trunk = run_trunk(self.model, input_ids, attention_mask, layers=tapped, attention_layers=attention_layers)
         tokens = anchors.rows * input_ids.shape[1] + anchors.teacher_positions
@@ -172,6 +176,7 @@ class Teacher:
             inner_states=trunk.last_hidden_state[spans.teacher_rows, spans.teacher_positions],
             calls=calls,
             sequence_length=input_ids.shape[1],
+            gate_experts={layer: experts[0][tokens] for layer, experts in choices.items()},
         )
 
     def reroute(self, output: TeacherOutput, choose: LayerChoice) -> ReroutedTeacher:

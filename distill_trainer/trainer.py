@@ -298,7 +298,7 @@ class DistillationTrainer(Trainer):
     def route(self, batch: dict[str, Tensor]) -> RoutedBatch:
         """What the router chooses for a collated batch, and what the student-aware teacher then says."""
         inputs = self._prepare_inputs(dict(batch))
-        output = self.teacher(inputs, Anchors.of(inputs))
+        output = self.teacher(inputs, Anchors.of(inputs), layers=self.teacher.routed.targets)
         return self.distillation_model.eval().route_batch(inputs, self.teacher, output, self.values)
 
     # Saving and loading

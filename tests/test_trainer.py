@@ -9,6 +9,7 @@ from builders import (
     TEACHER_ROWS,
     TEXTS,
     arguments,
+    collated,
     last_router,
     logged,
     tiny_llama,
@@ -445,6 +446,11 @@ def test_the_routers_choice_for_a_batch_can_be_looked_at(tmp_path):
     assert routed.selected_experts.shape == routed.routing_weights.shape == (int(routed.mask.sum()), 2)
     assert not routed.logits.requires_grad
     assert routed.logits.shape == (int(routed.mask.sum()), TEACHER_ROWS)
+
+
+def test_routing_a_batch_tells_of_layers_that_are_rerouted_as_targets_too(tmp_path):
+    trainer = tiny_trainer(tmp_path, router_layers=["0", "1"], layer_map=["0:0", "1:1"])
+    assert tuple(trainer.route(collated()).decisions) == (0, 1, 2)
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path):

@@ -237,7 +237,7 @@ def _joint_pass(
                     answers = true_token_answers(logits, batch)
                 del logits
             routed = route(batch) if route else None
-            if routed is None or routed.router is None:
+            if routed is None or not routed.decisions:
                 continue
             # The router speaks at anchors only; everywhere else the teacher keeps its own belief.
             replace_at_anchors(teacher_logits, routed.logits, batch, routed.mask)

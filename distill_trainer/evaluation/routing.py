@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from distill_trainer.aligned import RoutedBatch
+from distill_trainer.aligned import LayerDecision, RoutedBatch
 from distill_trainer.anchors import IGNORE_INDEX
 from distill_trainer.evaluation.agreement import ANCHORS_PER_CHUNK, anchor_index, quantile_groups
 from distill_trainer.tokens import token_bytes
 
 ROUTER_KEYS = (
     *("expert_load", "gate_load", "changed_fraction", "entropy", "top_k", "capacity", "gap"),
-    *("token_classes", "reliability", "calibration_error", "examples"),
+    *("layers", "token_classes", "reliability", "calibration_error", "examples"),
 )
 TOKEN_CLASSES = ("word start", "word part", "digits", "punctuation", "blank", "other")
 # Anchors with about the same estimated capacity that one point of the reliability curve stands for: a tenth of all.
@@ -105,21 +105,21 @@ def calibration_error(bins: list[dict[str, float | int]]) -> float:
     return sum(found["anchors"] * abs(found["predicted"] - found["observed"]) for found in bins) / anchors
 
 
-def router_sums(routed: RoutedBatch, classes: Tensor) -> dict[str, Tensor]:
-    """The router's choices, summed over the anchors of one batch.
+def router_sums(decision: LayerDecision, classes: Tensor) -> dict[str, Tensor]:
+    """The choices in one layer, summed over the anchors of one batch.
 
     Args:
-        routed: With a router's decision.
+        decision: Of the layer.
         classes: Index in `TOKEN_CLASSES` of the teacher's token that ends at each anchor, `(num_anchors,)`.
 
     Returns:
         float64: `expert_load` (routing weight) and `gate_load` (selections), `(num_classes, num_experts)`;
-        `class_anchors`, `(num_classes,)`; scalars `changed`, `entropy` (nats), `capacity` and `gap`.
+        `class_anchors`, `(num_classes,)`; scalars `changed`, `entropy` (nats) and `capacity`.
     """
-    decision = routed.router
+    router = decision.router
     # On the CPU, because not every accelerator has float64.
-    logits, weights = decision.router_logits.cpu().double(), decision.routing_weights.cpu().double()
-    selected, gate = decision.selected_experts.cpu(), routed.gate_experts.cpu()
+    logits, weights = router.router_logits.cpu().double(), router.routing_weights.cpu().double()
+    selected, gate = router.selected_experts.cpu(), decision.gate_experts.cpu()
     none = torch.zeros(len(TOKEN_CLASSES), logits.shape[-1], dtype=torch.float64)
 
     def load(experts: Tensor, shares: Tensor) -> Tensor:
@@ -131,13 +131,21 @@ def router_sums(routed: RoutedBatch, classes: Tensor) -> dict[str, Tensor]:
         "class_anchors": torch.bincount(classes, minlength=len(TOKEN_CLASSES)).double(),
         "changed": (selected[:, 0] != gate[:, 0]).double().sum(),
         "entropy": torch.special.entr(logits.softmax(dim=-1)).sum(),
-        "capacity": decision.capacity.cpu().double().sum(),
-        "gap": routed.gap.cpu().double().sum(),
+        "capacity": router.capacity.cpu().double().sum(),
     }
 
 
 def _shares(load: Tensor) -> list[float]:
     return (load / load.sum()).tolist()
+
+
+def _choices(sums: dict[str, Tensor], anchors: int) -> dict[str, Any]:
+    """What the report says of every layer, from the sums of `router_sums`."""
+    return {
+        "expert_load": _shares(sums["expert_load"].sum(dim=0)),
+        "gate_load": _shares(sums["gate_load"].sum(dim=0)),
+        "changed_fraction": sums["changed"].item() / anchors,
+    }
 
 
 def passage_windows(batches: list[dict[str, Tensor]]) -> set[int]:
@@ -162,7 +170,8 @@ class RoutingRecord:
     def __init__(self, teacher_tokenizer: PreTrainedTokenizerBase, batches: list[dict[str, Tensor]]):
         self.tokenizer = teacher_tokenizer
         self.windows, self._passed = passage_windows(batches), 0
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[int, dict[str, Tensor]] = {}
+        self.gap = 0.0
         self.answers: list[Tensor] = []
         self.examples: list[dict[str, Any]] = []
         self.top_k = 0
@@ -172,13 +181,16 @@ class RoutingRecord:
         """Take in a batch.
 
         Args:
-            routed: With a router's decision.
+            routed: With the decision of at least one layer.
             answers: See `true_token_answers`.
             batch: The collated batch.
         """
         index = anchor_index(batch, "teacher", routed.mask, CPU)
-        sums = router_sums(routed, self._token_classes(batch["teacher_input_ids"].cpu()[index]))
-        self.sums = {key: value + self.sums[key] for key, value in sums.items()} if self.sums else sums
+        classes = self._token_classes(batch["teacher_input_ids"].cpu()[index])
+        for layer, decision in routed.decisions.items():
+            sums, before = router_sums(decision, classes), self.sums.get(layer)
+            self.sums[layer] = {key: value + before[key] for key, value in sums.items()} if before else sums
+        self.gap += routed.gap.cpu().double().sum().item()
         capacity = routed.router.capacity.cpu().double().unsqueeze(-1)
         self.answers.append(torch.cat([capacity, answers[routed.mask.cpu()].double()], dim=-1))
         self.top_k = routed.router.selected_experts.shape[1]
@@ -191,29 +203,31 @@ class RoutingRecord:
         """The report's `router` part; all null if nothing was taken in.
 
         Returns:
-            `expert_load` (share of the routing weight per expert), `gate_load` (share of the gate's selections),
-            `changed_fraction` (anchors whose first expert is not the gate's first), mean `entropy` (nats), `capacity`
-            and `gap` (nats), `top_k`; `token_classes`, the loads by the kind of the teacher's token that ends at the
-            anchor; `reliability` of the capacity and its `calibration_error`; and `examples`.
+            `expert_load` (share of the routing weight per expert), `gate_load` (share of the selections of the gate in
+            the teacher as it is), `changed_fraction` (anchors whose first expert is not the gate's first), mean
+            `entropy` (nats), `capacity` and `gap` (nats), `top_k`; `layers`, the first three in every re-routed layer,
+            from the bottom up; `token_classes`, the loads by the kind of the teacher's token that ends at the anchor;
+            `reliability` of the capacity and its `calibration_error`; and `examples`. All but `layers` and `gap` are
+            of the highest re-routed layer.
         """
-        anchors = int(self.sums["class_anchors"].sum()) if self.sums else 0
+        highest = self.sums[max(self.sums)] if self.sums else {}
+        anchors = int(highest["class_anchors"].sum()) if highest else 0
         if not anchors:
             return dict.fromkeys(ROUTER_KEYS)
-        means = {key: (self.sums[key] / anchors).item() for key in ("changed", "entropy", "capacity", "gap")}
         bins = reliability_bins(*torch.cat(self.answers).unbind(dim=-1))
+        layers = [{"layer": layer, **_choices(sums, anchors)} for layer, sums in sorted(self.sums.items())]
         return {
-            "expert_load": _shares(self.sums["expert_load"].sum(dim=0)),
-            "gate_load": _shares(self.sums["gate_load"].sum(dim=0)),
-            "changed_fraction": means["changed"],
-            "entropy": means["entropy"],
+            **_choices(highest, anchors),
+            "entropy": highest["entropy"].item() / anchors,
             "top_k": self.top_k,
-            "capacity": means["capacity"],
-            "gap": means["gap"],
+            "capacity": highest["capacity"].item() / anchors,
+            "gap": self.gap / anchors,
+            "layers": layers,
             "token_classes": [
                 {"name": name, "anchors": int(count), "expert_load": _shares(load), "gate_load": _shares(gate_load)}
                 for name, count, load, gate_load in zip(
                     TOKEN_CLASSES,
-                    *(self.sums[key] for key in ("class_anchors", "expert_load", "gate_load")),
+                    *(highest[key] for key in ("class_anchors", "expert_load", "gate_load")),
                     strict=True,
                 )
                 if count
@@ -245,7 +259,7 @@ class RoutingRecord:
                 {
                     "text": b"".join(map(token_bytes, names)).decode("utf-8", "replace"),
                     "expert": routed.router.selected_experts[anchor, 0].item(),
-                    "gate_expert": routed.gate_experts[anchor, 0].item(),
+                    "gate_expert": routed.highest.gate_experts[anchor, 0].item(),
                     "gap": routed.gap[anchor].item(),
                 }
             )

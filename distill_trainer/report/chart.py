@@ -1,37 +1,18 @@
 """Charts as SVG text in the page's own colours: lines and stacked areas over a pair of axes."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
+
+from distill_trainer.report.marks import Line, areas, curves, marker
 
 # Units of the drawing. A phone shows them at three quarters of their size, a wide page somewhat enlarged.
 WIDTH, TEXT = 400, 12
 TITLE_HEIGHT, TICK_HEIGHT, LEGEND_HEIGHT, SPACE = 25, 20, 19, 14
 # Width of a letter in a wide font, to leave room for text that cannot be measured here.
 LETTER = 0.65 * TEXT
-Point = tuple[float, float | None]
-
-
-@dataclass
-class Line:
-    """One line of a chart.
-
-    Attributes:
-        label: In the legend; empty for none.
-        points: Horizontal and vertical value; a line is broken where the vertical one is None.
-        color: Any CSS colour, such as `var(--student)`.
-        marker: `dot`, `square`, `triangle`, or empty for none.
-        dashes: SVG's `stroke-dasharray`; empty for an unbroken line, `none` for no line between the markers.
-        steps: Whether a value holds until the next point.
-    """
-
-    label: str
-    points: Sequence[Point]
-    color: str
-    marker: str = ""
-    dashes: str = ""
-    steps: bool = False
 
 
 @dataclass
@@ -42,7 +23,8 @@ class Panel:
         lines: What is drawn.
         title: What the vertical axis shows.
         x_label: What the horizontal axis shows.
-        stacked: Lay the lines on one another as areas; all need the same horizontal values.
+        stacked: Lay the lines on one another as areas, or as bars; all need the same horizontal values.
+        slots: Give each horizontal value a place of its own, where a stack is a bar. One value alone has one anyway.
         log: Logarithmic vertical axis; values of 0 or below must be None.
         percent: Write the vertical axis in per cent.
         from_zero: Start the vertical axis at 0.
@@ -55,6 +37,7 @@ class Panel:
     title: str = ""
     x_label: str = ""
     stacked: bool = False
+    slots: bool = False
     log: bool = False
     percent: bool = False
     from_zero: bool = False
@@ -135,7 +118,8 @@ def _panel(
         parts.append(f"<text {place}>{escape(name)}</text>")
     marks = [mark for mark in marks if x_low < mark < x_high]
     parts += [f'<path class="mark" d="M{x_at(mark):.1f} {upper:.1f}V{lower:.1f}"/>' for mark in marks]
-    parts += _areas(panel.lines, x_at, y_at) if panel.stacked else _lines(panel.lines, x_at, y_at)
+    slot = _slot(panel)
+    parts += areas(panel.lines, x_at, y_at, slot) if panel.stacked else curves(panel.lines, x_at, y_at)
     bottom = lower + TICK_HEIGHT
     if panel.x_label:
         bottom += TEXT + 2
@@ -151,6 +135,8 @@ def _ranges(panel: Panel) -> tuple[tuple[float, float], tuple[float, float]]:
     x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
     if panel.x_names:
         x_low, x_high = 0.7, len(panel.x_names) + 0.3
+    else:
+        x_low, x_high = x_low - _slot(panel) / 2, x_high + _slot(panel) / 2
     y_low, y_high = min(y for _, y in points), max(y for _, y in points)
     if panel.stacked:
         return (x_low, x_high), (0.0, 1.0)
@@ -161,6 +147,14 @@ def _ranges(panel: Panel) -> tuple[tuple[float, float], tuple[float, float]]:
         return (x_low, x_high), (y_low / 1.15, y_high * 1.15)
     air = 0.08 * (y_high - y_low) or abs(0.1 * y_high) or 1.0
     return (x_low, x_high), (0.0 if panel.from_zero else y_low - air, y_high + air)
+
+
+def _slot(panel: Panel) -> float:
+    """How much of the horizontal axis each value has to itself, 0 for a continuous axis."""
+    values = sorted({x for line in panel.lines for x, _ in line.points})
+    if len(values) == 1:
+        return 1.0
+    return min(after - before for before, after in pairwise(values)) if panel.slots else 0.0
 
 
 def _x_ticks(panel: Panel, low: float, high: float, width: float) -> list[tuple[float, str]]:
@@ -175,57 +169,6 @@ def _scale(low: float, high: float, start: float, end: float, *, log: bool = Fal
     of = math.log if log else float
     size = of(high) - of(low) or 1.0
     return lambda value: start + (end - start) * (of(value) - of(low)) / size
-
-
-def _lines(lines: Sequence[Line], x_at: Callable, y_at: Callable) -> Iterator[str]:
-    for line in lines:
-        runs: list[list[tuple[float, float]]] = [[]]
-        for x, y in line.points:
-            if y is None:
-                runs.append([])
-            else:
-                runs[-1].append((x_at(x), y_at(y)))
-        style = f'style="stroke:{line.color}"' + (f' stroke-dasharray="{line.dashes}"' if line.dashes else "")
-        for run in runs if line.dashes != "none" else ():
-            yield "".join(
-                [f'<path class="line" {style} d="', *_path(run, steps=line.steps), '"/>'] if len(run) > 1 else []
-            )
-        known = [(x, y) for x, y in line.points if y is not None]
-        # A run of one point has no line that could show it.
-        alone = [place for run in runs if len(run) == 1 for place in run] if not line.marker else ()
-        yield "".join(_marker("dot", place, line.color) for place in alone)
-        for x, y in known if line.marker else ():
-            name = f"{line.label}: {y:,.4g} at {x:,.4g}"
-            yield _marker(line.marker, (x_at(x), y_at(y)), line.color, name)
-
-
-def _path(places: Sequence[tuple[float, float]], *, steps: bool = False) -> Iterator[str]:
-    for index, (x, y) in enumerate(places):
-        if not index:
-            yield f"M{x:.1f} {y:.1f}"
-        else:
-            yield f"H{x:.1f}V{y:.1f}" if steps else f"L{x:.1f} {y:.1f}"
-
-
-def _marker(kind: str, place: tuple[float, float], color: str, name: str = "") -> str:
-    x, y = place
-    title = f"<title>{escape(name)}</title>" if name else ""
-    style = f'style="fill:{color}"'
-    if kind == "square":
-        return f'<rect {style} x="{x - 3:.1f}" y="{y - 3:.1f}" width="6" height="6">{title}</rect>'
-    if kind == "triangle":
-        return f'<path {style} d="M{x:.1f} {y - 4:.1f}l4 7h-8z">{title}</path>'
-    return f'<circle {style} cx="{x:.1f}" cy="{y:.1f}" r="3">{title}</circle>'
-
-
-def _areas(lines: Sequence[Line], x_at: Callable, y_at: Callable) -> Iterator[str]:
-    below = [0.0] * len(lines[0].points)
-    for line in lines:
-        above = [low + (y or 0.0) for low, (_, y) in zip(below, line.points, strict=True)]
-        xs = [x_at(x) for x, _ in line.points]
-        edge = list(zip(xs, map(y_at, above), strict=True)) + list(zip(xs, map(y_at, below), strict=True))[::-1]
-        yield f'<path style="fill:{line.color}" d="{"".join(_path(edge))}z"/>'
-        below = above
 
 
 def _legend(panel: Panel, left: float, top: float, width: float) -> tuple[str, int]:
@@ -244,6 +187,6 @@ def _legend(panel: Panel, left: float, top: float, width: float) -> tuple[str, i
             dashes = f' stroke-dasharray="{line.dashes}"' if line.dashes else ""
             parts.append(f'<path class="line" style="stroke:{line.color}"{dashes} d="M{x:.1f} {y:.1f}h18"/>')
         if line.marker:
-            parts.append(_marker(line.marker, (x + 9, y), line.color))
+            parts.append(marker(line.marker, (x + 9, y), line.color))
         parts.append(f'<text x="{x + 24:.1f}" y="{y + TEXT / 3:.1f}">{escape(line.label)}</text>')
     return "".join(parts), -(-len(named) // columns)

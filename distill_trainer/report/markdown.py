@@ -6,6 +6,7 @@ from textwrap import indent
 from typing import Any
 
 from distill_trainer.report.elements import printable
+from distill_trainer.report.layers import layer_table, routing_note
 from distill_trainer.report.series import Plot
 from distill_trainer.report.tables import (
     BREAKDOWNS,
@@ -45,6 +46,10 @@ def markdown_page(report: dict[str, Any], plots: Sequence[Plot]) -> str:
         parts += [f"## {plot.title}", _picture(plot)]
     for title, rows in sections(report):
         parts += [f"## {title}", _table(("", "value"), rows)]
+        if title == "Router":
+            parts += [*filter(None, [routing_note(report)])]
+    if layers := layer_table(report):
+        parts += ["## Router by layer", _table(layers[0], layers[1:])]
     if deciles := decile_table(report):
         title = "## Gap to the teacher by decile, nats"
         parts += [title, _table(deciles[0], deciles[1:]), plain(decile_note(report))]

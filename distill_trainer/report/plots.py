@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from distill_trainer.report.chart import Line, Panel, chart
+from distill_trainer.report.chart import Panel, chart
+from distill_trainer.report.marks import Line
 from distill_trainer.report.router_plots import GAP_PLOTS, ROUTER_PLOTS
 from distill_trainer.report.series import COLORS, History, Plot, PlotKind, series
 from distill_trainer.report.wording import bits

@@ -5,6 +5,7 @@ from html import escape
 from typing import Any
 
 from distill_trainer.report.elements import bar, figure, note, numbers, printable, table
+from distill_trainer.report.layers import layer_table, routing_note
 from distill_trainer.report.series import Plot
 from distill_trainer.report.style import EXPERT_COLORS
 from distill_trainer.report.tables import (
@@ -39,11 +40,15 @@ def router_panel(report: dict[str, Any], plots: Sequence[Plot], facts: str) -> s
     router = report.get("router") or {}
     drawn = {plot.name: plot for plot in plots if plot.section == "router"}
     below = {"reliability": note(RELIABILITY_NOTE) + numbers(RELIABILITY_HEADER, reliability_rows(report))}
+    if by_layer := layer_table(report):
+        below["layers"] = numbers(by_layer[0], by_layer[1:])
     figures = {name: figure(plot, below.get(name, "")) for name, plot in drawn.items()}
-    training, reliability = (figures.get("expert_load"), figures.get("router")), figures.get("reliability")
-    cards = "".join(filter(None, (facts, _loads(router), *training, _class_loads(router), reliability)))
+    before, last = [figures.get(name) for name in ("layers", "expert_load", "router")], figures.get("reliability")
+    cards = "".join(filter(None, (facts, _loads(router), *before, _class_loads(router), last)))
     panel = (f"<div class=grid>{cards}</div>" if cards else "") + _examples(router)
-    return f"<h2>Student-aware router</h2>{panel}" if panel else ""
+    explanation = routing_note(report)
+    head = "<h2>Student-aware router</h2>" + (note(explanation) if explanation else "")
+    return head + panel if panel else ""
 
 
 def gap_panel(report: dict[str, Any], plots: Sequence[Plot]) -> str:
@@ -82,12 +87,18 @@ def _loads(router: dict[str, Any]) -> str:
         return ""
     gate = router.get("gate_load") or [None] * len(loads)
     order = busiest(loads, MAX_EXPERT_ROWS)
-    rows = "".join(
-        f"<tr><th scope=row>{expert}</th><td>{bar(loads[expert], 'student')}{bar(gate[expert], 'teacher')}</td>"
-        f"<td>{percent(loads[expert])}</td><td>{percent(gate[expert])}</td></tr>"
-        for expert in order
-    )
-    kept = "" if len(loads) == len(order) else f" The busiest {len(order)} of {len(loads)}."
+    are_all = len(loads) == len(order)
+    # Of many experts each has so little that only bars relative to the longest can be told apart.
+    longest = 1.0 if are_all else max((shares[e] or 0 for shares in (loads, gate) for e in order), default=0) or 1.0
+
+    def row(expert: int) -> str:
+        shares = loads[expert], gate[expert]
+        bars = "".join(bar((x or 0) / longest, kind) for x, kind in zip(shares, ("student", "teacher"), strict=True))
+        cells = "".join(f"<td>{percent(share, 0 if are_all else 1)}</td>" for share in shares)
+        return f"<tr><th scope=row>{expert}</th><td>{bars}</td>{cells}</tr>"
+
+    rows = "".join(map(row, order))
+    kept = "" if are_all else f" The busiest {len(order)} of {len(loads)}; the longest bar is {percent(longest, 1)}."
     return (
         "<section class=card><h3>Expert load on held-out text</h3><table class=bars><thead><tr>"
         "<th scope=col>expert</th><td></td><th scope=col class=router>router</th><th scope=col class=gate>gate</th>"

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from distill_trainer.report.chart import Line, Panel
+from distill_trainer.report.chart import Panel
+from distill_trainer.report.layers import LAYER_PLOT
+from distill_trainer.report.marks import Line
 from distill_trainer.report.series import COLORS, History, PlotKind, series
 from distill_trainer.report.style import EXPERT_COLORS
 from distill_trainer.report.wording import STUDENTS, short
@@ -93,6 +95,7 @@ def _breakdown(name: str, x_label: str) -> Callable[..., list[Panel]]:
 
 
 ROUTER_PLOTS = (
+    LAYER_PLOT,
     PlotKind(
         "expert_load",
         "Expert load over training",

@@ -100,7 +100,7 @@ color:var(--text)}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:0 32px}
 .pair p{margin:0 0 18px;line-height:1.75;overflow-wrap:anywhere}
 .pair span{padding:1px 1px 2px;border-radius:3px;border-bottom:2px solid transparent}
-.pair sub{font-size:10px;line-height:1;color:var(--muted)}
+.pair sub{font-size:10px;line-height:1}
 .pair .other,.legend .other{border-bottom:2px solid var(--text);border-radius:3px 3px 0 0}
 .ex{background:color-mix(in srgb,var(--muted) 22%,var(--card))}
 .g1{background:color-mix(in srgb,var(--aware) 12%,var(--card))}

@@ -2,7 +2,17 @@
 
 from typing import Any
 
-from distill_trainer.report.wording import ROLES, STUDENTS, bits, model_rows, number, percent, perplexity, short
+from distill_trainer.report.wording import (
+    ROLES,
+    STUDENTS,
+    bits,
+    model_rows,
+    number,
+    percent,
+    perplexity,
+    routed_layer,
+    short,
+)
 
 RELIABILITY_HEADER = ("estimated capacity", "true token", "top-1 right", "anchors")
 RELIABILITY_NOTE = (
@@ -53,6 +63,7 @@ def sections(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
         (
             "Router",
             [
+                ("layer", routed_layer(report).removeprefix("layer ") or "-"),
                 ("experts per anchor (top-k)", number(router.get("top_k"))),
                 ("other first expert than the gate", percent(router.get("changed_fraction"), 1)),
                 ("entropy, nats", number(router.get("entropy"), 3)),

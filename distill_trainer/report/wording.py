@@ -184,6 +184,15 @@ def steps_sentence(report: dict[str, Any]) -> str:
     return f"{'Early stopping' if stopped else 'Best checkpoint'}{rule}: {'; '.join(parts)}."
 
 
+def routed_layer(report: dict[str, Any]) -> str:
+    """Name of the layer that the router's figures are of, by its number from 0; empty where it is not known."""
+    layers = (report.get("router") or {}).get("layers") or []
+    if not layers:
+        return ""
+    name = f"layer {layers[-1]['layer']}"
+    return name if len(layers) == 1 else f"{name}, the highest of {len(layers)} re-routed"
+
+
 def router_sentence(report: dict[str, Any]) -> str:
     """One plain sentence: what the student-aware router does to the teacher. Empty without a router."""
     router, plain, aware = report.get("router"), bits(report, "teacher"), bits(report, "student_aware_teacher")
@@ -195,9 +204,11 @@ def router_sentence(report: dict[str, Any]) -> str:
         if same
         else "makes the teacher itself " + ("better" if aware < plain else "worse")
     )
+    layer = routed_layer(report)
+    where = f"In {layer}, it" if "," in layer else f"In {layer} it" if layer else "It"
     return (
-        f"The student-aware router {effect}: {aware:.4f} against {plain:.4f} bits per byte. It picks another first "
-        f"expert than the teacher's own gate at {percent(router.get('changed_fraction'))} of the anchors."
+        f"The student-aware router {effect}: {aware:.4f} against {plain:.4f} bits per byte. {where} picks another "
+        f"first expert than the teacher's own gate at {percent(router.get('changed_fraction'))} of the anchors."
     )
 
 

@@ -100,7 +100,7 @@ def reference_case(device: str) -> Case:
     )
     trunk = TrunkOutput(torch.randn(*batch["input_ids"].shape, STUDENT_SIZE, device=device))
     # Any decision will do: the losses only ask whether there is one.
-    routed = RoutedBatch(hidden, hidden.clone(), torch.ones(len(anchors)), anchors.mask, router=object())
+    routed = RoutedBatch(hidden, hidden.clone(), torch.ones(len(anchors)), anchors.mask, {0: object()})
     teacher = SimpleNamespace(head=heads["teacher"], projection=projection)
     return Case(AnchorBatch.of(batch, trunk, output), routed, teacher, heads["student"])
 

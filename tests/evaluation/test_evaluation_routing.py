@@ -6,7 +6,7 @@ from builders import EXCHANGED, collated, tiny_llama, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_trainer.aligned import RoutedBatch
+from distill_trainer.aligned import LayerDecision, RoutedBatch
 from distill_trainer.anchors import IGNORE_INDEX, Anchors
 from distill_trainer.evaluation import routing
 from distill_trainer.evaluation.measure import forward_logits
@@ -25,11 +25,8 @@ from distill_trainer.router import RouterOutput
 NUM_EXPERTS = 4
 
 
-def routed(batch, seed=0, top_k=2, gate_top_k=1):
-    """A decision at random for the anchors of a batch."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = Anchors.of(batch).mask
-    num_anchors = int(mask.sum())
+def decided(num_anchors, generator, top_k=2, gate_top_k=1):
+    """A decision at random."""
     logits = torch.randn(num_anchors, NUM_EXPERTS, generator=generator)
     weights, experts = logits.softmax(dim=-1).topk(top_k)
     decision = RouterOutput(
@@ -41,9 +38,18 @@ def routed(batch, seed=0, top_k=2, gate_top_k=1):
         capacity_logits=torch.zeros(num_anchors),
     )
     gate = torch.randn(num_anchors, NUM_EXPERTS, generator=generator)
+    return LayerDecision(decision, gate, gate.topk(gate_top_k).indices)
+
+
+def routed(batch, seed=0, layers=(2,), **changes):
+    """Decisions at random for the anchors of a batch."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = Anchors.of(batch).mask
+    num_anchors = int(mask.sum())
+    decisions = {layer: decided(num_anchors, generator, **changes) for layer in layers}
     nothing = torch.zeros(num_anchors, 1)
     gap = torch.rand(num_anchors, generator=generator)
-    return RoutedBatch(nothing, nothing, gap, mask, decision, gate, gate.topk(gate_top_k).indices)
+    return RoutedBatch(nothing, nothing, gap, mask, decisions)
 
 
 def answered(batch, seed=0):
@@ -112,9 +118,9 @@ def test_routing_figures_match_a_loop_over_anchors(gate_top_k):
         for n in range(len(batch.gap)):
             for expert, weight in zip(decision.selected_experts[n], decision.routing_weights[n], strict=True):
                 load[expert] += weight.item()
-            for expert in batch.gate_experts[n]:
+            for expert in batch.highest.gate_experts[n]:
                 gate_load[expert] += 1 / gate_top_k
-            changed += int(decision.selected_experts[n, 0] != batch.gate_experts[n, 0])
+            changed += int(decision.selected_experts[n, 0] != batch.highest.gate_experts[n, 0])
             entropy -= sum(p * math.log(p) for p in decision.router_logits[n].double().softmax(dim=-1).tolist())
             capacity += decision.capacity[n].item()
             gap += batch.gap[n].item()
@@ -128,6 +134,33 @@ def test_routing_figures_match_a_loop_over_anchors(gate_top_k):
     assert figures["capacity"] == pytest.approx(capacity / anchors)
     assert figures["gap"] == pytest.approx(gap / anchors)
     assert figures["top_k"] == 2
+
+
+def test_every_rerouted_layer_has_its_own_loads_and_the_other_figures_are_those_of_the_highest():
+    batches = [collated(3), collated(5, padding_side="left")]
+    figures, found = recorded(batches, layers=(0, 3, 7), gate_top_k=2)
+    anchors = sum(len(batch.gap) for batch in found)
+    assert [layer["layer"] for layer in figures["layers"]] == [0, 3, 7]
+    for layer in figures["layers"]:
+        load, gate_load, changed = [0.0] * 4, [0.0] * 4, 0
+        for batch in found:
+            decision = batch.decisions[layer["layer"]]
+            for n, gate in enumerate(decision.gate_experts.tolist()):
+                experts = decision.router.selected_experts[n].tolist()
+                for expert, weight in zip(experts, decision.router.routing_weights[n].tolist(), strict=True):
+                    load[expert] += weight / anchors
+                for expert in gate:
+                    gate_load[expert] += 1 / 2 / anchors
+                changed += experts[0] != gate[0]
+        assert layer["expert_load"] == pytest.approx(load, rel=1e-6)
+        assert layer["gate_load"] == pytest.approx(gate_load)
+        assert layer["changed_fraction"] == pytest.approx(changed / anchors)
+    assert len({layer["changed_fraction"] for layer in figures["layers"]}) == 3
+    assert {"layer": 7} | {key: figures[key] for key in ("expert_load", "gate_load", "changed_fraction")} == figures[
+        "layers"
+    ][-1]
+    capacity = sum(batch.decisions[7].router.capacity.sum().item() for batch in found)
+    assert figures["capacity"] == pytest.approx(capacity / anchors)
 
 
 def test_loads_by_class_match_a_loop_over_the_teachers_tokens():
@@ -152,7 +185,7 @@ def test_loads_by_class_match_a_loop_over_the_teachers_tokens():
             )
             found = expected.setdefault(name, {"anchors": 0, "load": [0.0] * 4, "gate": [0] * 4})
             found["anchors"] += 1
-            found["gate"][decision.gate_experts[n, 0]] += 1
+            found["gate"][decision.highest.gate_experts[n, 0]] += 1
             experts = decision.router.selected_experts[n].tolist()
             for expert, weight in zip(experts, decision.router.routing_weights[n].tolist(), strict=True):
                 found["load"][expert] += weight
@@ -259,7 +292,7 @@ def test_examples_spell_the_text_between_anchors_with_the_choice_at_each_end():
                 assert token == {
                     "text": tokenizer("teacher").decode(batch["teacher_input_ids"][row, start + 1 : end + 1]),
                     "expert": decision.router.selected_experts[number, 0].item(),
-                    "gate_expert": decision.gate_experts[number, 0].item(),
+                    "gate_expert": decision.highest.gate_experts[number, 0].item(),
                     "gap": decision.gap[number].item(),
                 }
                 number += 1

@@ -32,6 +32,10 @@ def breakdown(low, high, anchors, gaps, agreements):
     return {"from": low, "to": high, "anchors": anchors, **dict(names)}
 
 
+def layer(number, expert_load, gate_load, changed):
+    return {"layer": number, "expert_load": expert_load, "gate_load": gate_load, "changed_fraction": changed}
+
+
 def passage(text, *bits):
     return {"text": text, "bytes": len(text), **dict(zip((*STUDENTS, "teacher"), bits, strict=True))}
 
@@ -76,6 +80,10 @@ def report():
             "top_k": 2,
             "capacity": 0.412,
             "gap": 0.803,
+            "layers": [
+                layer(0, [0.2, 0.3, 0.5], [0.61, 0.16, 0.23], 0.634),
+                layer(3, [0.31, 0.44, 0.25], [0.52, 0.28, 0.20], 0.217),
+            ],
             "token_classes": [
                 {"name": "word start", "anchors": 70123, "expert_load": [0.3, 0.5, 0.2], "gate_load": [0.6, 0.3, 0.1]},
                 {"name": "digits", "anchors": 411, "expert_load": [0.0, 0.08, 0.92], "gate_load": [0.0, 0.04, 0.96]},

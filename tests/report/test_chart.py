@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_trainer.report.chart import WIDTH, Line, Panel, chart, log_ticks, tick_text, ticks
+from distill_trainer.report.chart import WIDTH, Panel, chart, log_ticks, tick_text, ticks
+from distill_trainer.report.marks import Line
 
 NUMBERS = st.floats(-1e9, 1e9, allow_nan=False)
 
@@ -70,6 +71,46 @@ def test_stacked_areas_fill_the_axes():
         ys = [float(pair.split()[1]) for pair in re.split("[ML]", area.rstrip("z"))[1:]]
         heights.append(max(ys) - min(ys))
     assert heights[1] == pytest.approx(3 * heights[0], abs=0.3) and {"0 %", "100 %"} <= set(texts(root))
+
+
+def bars(root):
+    """Left, right, lower and upper end of every bar, line by line."""
+    shapes = [path.get("d") for path in root.iter("path") if path.get("d").endswith("z")]
+    ends = [re.findall(r"M([\d.]+) ([\d.]+)H([\d.]+)V([\d.]+)H[\d.]+z", shape) for shape in shapes]
+    return [[tuple(map(float, (left, right, low, high))) for left, low, right, high in line] for line in ends]
+
+
+def test_a_stack_of_one_value_is_a_bar_over_its_tick():
+    lines = [Line(name, [(20, share)], "red") for name, share in (("a", 0.25), ("b", 0.75))]
+    root = drawn([Panel(lines, stacked=True, percent=True)])
+    ((left, right, bottom, middle),), ((_, _, start, top),) = bars(root)
+    assert right - left > 200 and start == middle and middle - top == pytest.approx(3 * (bottom - middle), abs=0.3)
+    (tick,) = [text for text in root.iter("text") if text.get("text-anchor") == "middle"]
+    assert tick.text == "20" and float(tick.get("x")) == pytest.approx((left + right) / 2, abs=0.1)
+
+
+def test_a_line_of_one_value_is_a_point_over_its_tick():
+    root = drawn([Panel([Line("", [(20, 0.4)], "red")], from_zero=True)])
+    (tick,) = [text for text in root.iter("text") if text.get("text-anchor") == "middle"]
+    (point,) = root.iter("circle")
+    assert tick.text == "20" and 100 < float(point.get("cx")) == float(tick.get("x"))
+
+
+@pytest.mark.parametrize("values", [[0, 1, 2, 3], [1, 11], [26, 27], list(range(48))])
+def test_slots_hold_bars_and_points_that_stand_over_each_other_and_apart_from_their_neighbours(values):
+    shares = Line("a", [(x, 0.5) for x in values], "red")
+    root = drawn([Panel([shares], stacked=True, percent=True, slots=True)])
+    (found,) = bars(root)
+    points = Line("", [(x, 0.5) for x in values], "red", marker="dot")
+    over = drawn([Panel([points, Line("", [(values[0], 1.0)], "red")], percent=True, from_zero=True, slots=True)])
+    assert len(found) == len(values)
+    assert all(after[0] > before[1] + 1 for before, after in zip(found, found[1:], strict=False))
+    centres = [(left + right) / 2 for left, right, _, _ in found]
+    assert [float(circle.get("cx")) for circle in over.iter("circle")][: len(values)] == pytest.approx(
+        centres, abs=0.2
+    )
+    _, _, width, _ = map(float, root.get("viewBox").split())
+    assert found[0][0] > 30 and found[-1][1] < width
 
 
 def test_markers_say_their_value_and_the_legend_names_every_line():

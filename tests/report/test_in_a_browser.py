@@ -35,7 +35,7 @@ def assert_sound(found, width):
 def test_the_page_opens_from_disk_alone_without_errors_requests_or_overflow(browser, page, width):
     found = browser.look(page, width=width)
     assert_sound(found, width)
-    assert len(found["charts"]) == 9 and all(height > 100 for height in found["charts"])
+    assert len(found["charts"]) == 10 and all(height > 100 for height in found["charts"])
 
 
 def test_the_page_is_light_or_dark_like_the_reader_wants_it(browser, page):
@@ -48,6 +48,8 @@ def test_long_names_many_experts_and_long_words_stay_inside_a_phone(browser, rep
     report["router"] |= {"expert_load": loads, "gate_load": loads}
     for found in report["router"]["token_classes"]:
         found |= {"expert_load": loads, "gate_load": loads}
+    layer = {"expert_load": [1 / 128] * 128, "gate_load": [1 / 128] * 128, "changed_fraction": 0.5}
+    report["router"]["layers"] = [{"layer": number, **layer} for number in range(48)]
     report["teacher"]["name"] = report["student"]["name"] = "an/organisation-with-a-name/" + "model-" * 30
     report["environment"]["command"] = "run_distillation.py --datasets " + "x" * 300
     report["passages"]["worst"][0]["text"] = "w" * 400
@@ -56,6 +58,15 @@ def test_long_names_many_experts_and_long_words_stay_inside_a_phone(browser, rep
     for entry in log_history:
         entry["distill/loss_kl"] = entry.get("distill/loss_kl", 1) * 1e6
     assert_sound(browser.look(write_report(report, log_history, tmp_path), width=PHONE), PHONE)
+
+
+@pytest.mark.parametrize("numbers", [range(28), [1, 11]])
+def test_every_rerouted_layer_has_room_on_a_phone(browser, report, log_history, tmp_path, numbers):
+    (first, _) = report["router"]["layers"]
+    report["router"]["layers"] = [first | {"layer": number} for number in numbers]
+    page = write_report(report, log_history[:1], tmp_path)
+    assert_sound(browser.look(page, width=PHONE), PHONE)
+    assert page.read_text().count("the highest of") == 3
 
 
 def test_a_page_without_anything_to_tell_is_sound_as_well(browser, tmp_path):

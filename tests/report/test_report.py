@@ -35,7 +35,7 @@ from distill_trainer.report.wording import (
 
 SECTIONS = {
     "training": ["bits_per_byte", "losses", "schedules"],
-    "router": ["expert_load", "router", "reliability"],
+    "router": ["layers", "expert_load", "router", "reliability"],
     "gap": ["gap"],
     "retention": ["by_frequency", "by_position"],
 }
@@ -404,7 +404,7 @@ def test_losses_that_stay_off_are_not_drawn():
 
 
 def test_what_was_measured_at_the_end_has_no_steps_and_no_phases(report, log_history):
-    at_the_end = ["reliability", "gap", "by_frequency", "by_position"]
+    at_the_end = ["layers", "reliability", "gap", "by_frequency", "by_position"]
     assert [plot.name for plot in draw_plots(report, [], [], [])] == at_the_end
     for plot in draw_plots(report, log_history, [], [0.5]):
         over_steps = plot.name not in at_the_end
@@ -418,11 +418,11 @@ def test_figures_that_are_null_are_not_drawn(report):
     for found in report["retention"]["by_frequency"]:
         found["kl_divergence"]["baseline"] = None
     plots = {plot.name: plot.svg for plot in draw_plots(report, [], [], [])}
-    assert set(plots) == {"reliability", "gap", "by_frequency", "by_position"}
+    assert set(plots) == {"layers", "reliability", "gap", "by_frequency", "by_position"}
     found = [name for name in ("gap", "by_frequency", "by_position") if "no teacher" in plots[name]]
     assert found == ["by_position"]
     report["router"]["reliability"] = report["gap"]["deciles"] = report["retention"]["by_frequency"] = None
-    report["retention"]["by_position"] = []
+    report["retention"]["by_position"], report["router"]["layers"] = [], None
     assert draw_plots(report, [], [], []) == []
 
 

@@ -1,13 +1,18 @@
+import re
+import xml.etree.ElementTree as ElementTree
+
 import pytest
 from read_page import Page
 
 from distill_trainer.report.markdown import markdown_page
 from distill_trainer.report.page import html_page
+from distill_trainer.report.plots import draw_plots
 from distill_trainer.report.router import GAP_STEPS, MAX_EXPERT_ROWS, busiest
 from distill_trainer.report.series import Plot
 from distill_trainer.report.style import EXPERT_COLORS, STYLE
+from distill_trainer.report.wording import headline_table
 
-NEW_KEYS = ("token_classes", "reliability", "calibration_error", "examples")
+NEW_KEYS = ("layers", "token_classes", "reliability", "calibration_error", "examples")
 
 
 def page_of(report, plots=()):
@@ -33,9 +38,85 @@ def test_many_experts_are_cut_to_the_busiest(report):
     page = Page(html_page(report, []))
     bars = [tag for tag in page.all("i") if tag["class"].startswith("bar")]
     assert len(bars) == 2 * MAX_EXPERT_ROWS
-    assert f"The busiest {MAX_EXPERT_ROWS} of {count}." in page.text
+    assert f"The busiest {MAX_EXPERT_ROWS} of {count}; the longest bar is 4.2 %." in page.text
     widths = [float(bar["style"].removeprefix("width:").removesuffix("%")) for bar in bars[::2]]
-    assert widths == sorted(widths, reverse=True) and widths[0] == pytest.approx(100 * loads[-1], abs=0.06)
+    assert widths == sorted(widths, reverse=True) and widths[0] == 100
+    assert widths[-1] == pytest.approx(100 * loads[-MAX_EXPERT_ROWS] / loads[-1], abs=0.06)
+
+
+def test_the_bars_of_few_experts_are_shares_of_the_whole(report):
+    bars = [tag["style"] for tag in page_of(report).all("i") if tag["class"].startswith("bar")]
+    assert bars == [f"width:{share:.1f}%" for share in (31, 52, 44, 28, 25, 20)]
+
+
+def all_forms(report):
+    return page_of(report).text, markdown_page(report, []), headline_table(report)
+
+
+def test_every_form_of_the_report_names_the_layer_that_the_router_is_shown_of(report):
+    for text in all_forms(report):
+        assert "In layer 3, the highest of 2 re-routed, it picks another first expert" in text
+    for text in all_forms(report)[:2]:
+        assert "are those of layer 3, the highest of 2 re-routed, counted from 0. The chart by layer" in text
+        assert "The gate is that of the teacher as it is" in text
+    assert "| layer | 3, the highest of 2 re-routed |" in markdown_page(report, [])
+
+
+def test_a_single_rerouted_layer_is_named_without_others(report):
+    del report["router"]["layers"][0]
+    for text in all_forms(report):
+        assert "In layer 3 it picks another first expert" in text and "highest" not in text
+    for text in all_forms(report)[:2]:
+        assert "are those of layer 3, counted from 0. The gate" in text and "by layer" not in text.lower()
+    assert "layers" not in {plot.name for plot in draw_plots(report, [], [], [])}
+
+
+def test_a_report_that_does_not_know_its_layer_names_none(report):
+    del report["router"]["layers"]
+    for text in all_forms(report):
+        assert "It picks another first expert" in text and "counted from 0" not in text
+
+
+def layer_plot(report):
+    return ElementTree.fromstring(next(plot.svg for plot in draw_plots(report, [], [], []) if plot.name == "layers"))
+
+
+def test_every_layer_has_a_bar_for_the_router_and_one_for_the_gate_cut_into_the_experts_shares(report):
+    root = layer_plot(report)
+    shapes = [path.get("d") for path in root.iter("path") if path.get("d").endswith("z")]
+    heights = [
+        [float(low) - float(high) for low, high in re.findall(r"M[\d.]+ ([\d.]+)H[\d.]+V([\d.]+)", shape)]
+        for shape in shapes
+    ]
+    # Three experts of the router, then of the gate; in each the two layers from the bottom up.
+    shares = [(0.2, 0.31), (0.3, 0.44), (0.5, 0.25), (0.61, 0.52), (0.16, 0.28), (0.23, 0.2)]
+    assert heights == [pytest.approx([90 * share for share in pair], abs=0.15) for pair in shares]
+    texts = [text.text for text in root.iter("text")]
+    assert "layer" in texts and texts.count("expert 2") == 1
+    assert [title.text for title in root.iter("title")] == ["0.634 at 0", "0.217 at 3"]
+
+
+def test_of_many_experts_a_layer_shows_the_busiest(report):
+    for found, start in zip(report["router"]["layers"], (1, 20), strict=True):
+        loads = [((expert * 7 + start) % 128) / 8128 for expert in range(128)]
+        found |= {"expert_load": loads, "gate_load": loads[::-1]}
+    found = [title.text for title in layer_plot(report).iter("title")]
+    assert found[:4] == [f"{side}: 0.01562 at {layer}" for side in ("router", "gate") for layer in (0, 3)]
+    assert not [path for path in layer_plot(report).iter("path") if path.get("d").endswith("z")]
+    assert "| 0 | 63 % | 2 % (expert 18) | 2 % (expert 109) |" in markdown_page(report, [])
+
+
+def test_the_figures_of_every_layer_stand_in_a_table(report):
+    markdown, page = markdown_page(report, []), page_of(report, draw_plots(report, [], [], []))
+    assert "| 0 | 63 % | 20 % / 61 % | 30 % / 16 % | 50 % / 23 % |" in markdown
+    assert "| 3 | 22 % | 31 % / 52 % | 44 % / 28 % | 25 % / 20 % |" in markdown
+    assert "31 % / 52 %" in page.text and "50 % / 23 %" in page.text
+
+
+def test_shares_that_broke_and_layers_with_fewer_experts_do_not_break_the_chart(report):
+    report["router"]["layers"][0] |= {"expert_load": [None, 0.4], "gate_load": [0.5, 0.5], "changed_fraction": None}
+    assert "None" not in page_of(report, draw_plots(report, [], [], [])).text
+    assert "| 0 | - | - / 50 % | 40 % / 50 % | - / - |" in markdown_page(report, [])
 
 
 def test_few_experts_stand_in_their_order_and_many_by_their_load():
