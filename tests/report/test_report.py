@@ -77,7 +77,8 @@ def test_plots_of_an_earlier_run_are_removed_and_other_files_stay(report, log_hi
     folder = write_report(report, log_history, tmp_path).parent
     (folder / "own.svg").touch()
     write_report(report, [], tmp_path)
-    assert {file.stem for file in folder.glob("*.svg")} == {"own", "reliability", "gap", "by_frequency", "by_position"}
+    measured = {"layers", "reliability", "gap", "by_frequency", "by_position"}
+    assert {file.stem for file in folder.glob("*.svg")} == {"own", *measured}
 
 
 def test_pages_show_the_settings_and_the_command_that_trains_from_them(report):
