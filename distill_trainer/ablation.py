@@ -7,9 +7,9 @@ import signal
 import statistics
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -77,31 +77,45 @@ def run_ablation(ablation: Ablation) -> Iterator[str]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     threads = max((os.cpu_count() or 1) // ablation.jobs, 1)
-    # A fresh process for each run: no run sees another's random numbers, threads or memory. At an interrupt from the
-    # keyboard, which reaches all of them, they end without a word, as this process has one to say.
-    ending: dict[str, Any] = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
-    pool = ProcessPoolExecutor(ablation.jobs, get_context("spawn"), max_tasks_per_child=1, **ending)
+    pool = ThreadPoolExecutor(ablation.jobs)
+    runs = [
+        pool.submit(_in_a_process, name, folder, settings, ablation.flags, threads) for name, folder, settings in todo
+    ]
     try:
-        runs = {
-            pool.submit(run_variant, folder, settings, ablation.flags, threads): f"{name}, seed {settings['seed']}"
-            for name, folder, settings in todo
-        }
         for future in as_completed(runs):
-            try:
-                yield future.result()
-            except DistillationError as error:
-                raise ConfigurationError(f"variant {runs[future]}: {error}") from error
-            except BrokenProcessPool as error:
-                raise ConfigurationError(
-                    f"variant {runs[future]}: its process was killed, as it is when memory runs out. Lower jobs, and "
-                    "run the same command again."
-                ) from error
+            yield future.result()
+    except (KeyboardInterrupt, GeneratorExit):  # an interrupt that came while the caller had the line closes this
+        pool.shutdown(wait=False, cancel_futures=True)
+        while not all(run.done() for run in runs):
+            for process in active_children():
+                process.terminate()
+            time.sleep(0.1)
+        raise
     finally:
         # After an error no further run starts; those that are running end, and are kept.
         pool.shutdown(cancel_futures=True)
     shown = table(ablation)
     (ablation.folder / "ablation.md").write_text(shown + "\n", encoding="utf-8")
     yield shown
+
+
+def _in_a_process(name: str, folder: Path, settings: dict[str, Any], flags: list[str], threads: int) -> str:
+    """One run in a fresh process: no run sees another's random numbers, threads or memory.
+
+    The keyboard's interrupt reaches the process too, which leaves it to the main process to end it.
+    """
+    ignoring: dict[str, Any] = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+    run = f"variant {name}, seed {settings['seed']}"
+    with ProcessPoolExecutor(1, get_context("spawn"), **ignoring) as process:
+        try:
+            return process.submit(run_variant, folder, settings, flags, threads).result()
+        except DistillationError as error:
+            raise ConfigurationError(f"{run}: {error}") from error
+        except BrokenProcessPool as error:
+            raise ConfigurationError(
+                f"{run}: its process was killed, as it is when memory runs out. Lower jobs, and run the same command "
+                "again."
+            ) from error
 
 
 def read_result(path: Path) -> dict[str, Any]:
