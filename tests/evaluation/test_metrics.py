@@ -214,6 +214,27 @@ def test_every_metric_combines(load, name):
     assert both.compute() == pytest.approx(expected)
 
 
+LOGPROBS, SHARES = [[math.log(0.5)] * 2], [[0.5, 0.5]]
+
+
+@pytest.mark.parametrize(
+    ("name", "predictions", "references", "message"),
+    [
+        ("compression", [FIGURES | {"size_mb": 0.0}], [FIGURES], "size_mb of the student must be above 0, got 0.0"),
+        ("compression", [FIGURES], [FIGURES | {"parameters": 0}], "parameters of the teacher must be above 0, got 0"),
+        ("knowledge_retention", LOGPROBS, [[math.log(0.25)] * 4], "of one length"),
+        ("knowledge_retention", [[1.0, 2.0]], LOGPROBS, "predictions must be log-probabilities"),
+        ("knowledge_retention", LOGPROBS, [[math.nan] * 2], "references must be log-probabilities"),
+        ("attention_similarity", SHARES, [[0.5, 0.2, 0.3]], "Row 0 has 2 spans in predictions and 3 in references"),
+        ("attention_similarity", SHARES, [[2.0, 1.0]], "Row 0 of references must be shares that sum to 1, got 3"),
+        ("attention_similarity", [[1.5, -0.5]], SHARES, "Row 0 of predictions must be shares"),
+    ],
+)
+def test_what_is_no_input_of_a_metric_is_refused(load, name, predictions, references, message):
+    with pytest.raises(ValueError, match=message):
+        load(name).compute(predictions=predictions, references=references)
+
+
 def test_the_likelihoods_of_texts_give_bits_per_byte_and_word_perplexity_together(load):
     texts, nlls = ["Größe zählt,  sagt man", "12", "日本語"], [20.0, 3.0, 9.0]
     both = evaluate.combine([load("bits_per_byte"), load("perplexity")])

@@ -24,7 +24,15 @@ Returns:
 
 
 def compression(student: dict, teacher: dict) -> dict[str, float | None]:
-    """Parameter ratio, size reduction and speed-ups of `student` over `teacher`, see the module's description."""
+    """Parameter ratio, size reduction and speed-ups of `student` over `teacher`, see the module's description.
+
+    Raises:
+        ValueError: If parameters or size of a model are missing or not above 0.
+    """
+    for role, model in (("student", student), ("teacher", teacher)):
+        for key in ("parameters", "size_mb"):
+            if not (model.get(key) or 0) > 0:
+                raise ValueError(f"{key} of the {role} must be above 0, got {model.get(key)}.")
 
     def ratio(speed: str) -> float | None:
         return student[speed] / teacher[speed] if student.get(speed) and teacher.get(speed) else None

@@ -70,6 +70,13 @@ class KnowledgeRetention(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, bits_per_byte=None):
-        means = retention_per_position(torch.tensor(predictions), torch.tensor(references)).mean(dim=0)
+        if len({len(row) for row in (*predictions, *references)}) != 1:
+            raise ValueError("All rows of predictions and references must be over one vocabulary, of one length.")
+        student, teacher = torch.tensor(predictions), torch.tensor(references)
+        for name, rows in (("predictions", student), ("references", teacher)):
+            # Half precision is off by less; logits are off by more.
+            if not (rows.logsumexp(dim=-1).abs() < 0.05).all():
+                raise ValueError(f"{name} must be log-probabilities: the exponentials of a row sum to 1.")
+        means = retention_per_position(student, teacher).mean(dim=0)
         scores = dict(zip(("kl_divergence", "top1_agreement", "top5_overlap"), means.tolist(), strict=True))
         return scores if bits_per_byte is None else {**scores, "gap_closed": gap_closed(**bits_per_byte)}
