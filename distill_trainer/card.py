@@ -153,10 +153,10 @@ def _results(report: dict[str, Any], folder: Path) -> list[str]:
 def _data(report: dict[str, Any]) -> list[str]:
     data = report.get("data") or {}
     parts = []
-    for use, part in (("Trained on", "train"), ("Scored on", "eval")):
+    for use, part in (("Training text", "train"), ("Scored text", "eval")):
         documents, size = data.get(f"{part}_documents"), data.get(f"{part}_bytes")
         if documents is not None and size is not None:
-            parts.append(f"{use} {number(documents)} documents ({number(size)} bytes).")
+            parts.append(f"{use}: {number(documents)} documents ({number(size)} bytes).")
     return ["## Data", " ".join([*parts, "No document is in both."])] if len(parts) == 2 else []
 
 

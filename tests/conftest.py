@@ -36,6 +36,12 @@ SHAPE = {
 }
 
 
+def pytest_configure():
+    """One thread: the models are tiny, and threads that share cores with other work wait for each other at length."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for what the tests start
+
+
 @pytest.fixture(scope="session", autouse=True)
 def datasets_cache(tmp_path_factory):
     """Keeps what `datasets` writes out of the user's cache."""

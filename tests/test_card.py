@@ -101,7 +101,7 @@ def test_the_text_holds_the_headline_the_plots_the_data_and_how_to_train_it_agai
     links = re.findall(r"\]\((?!https://)([^)]+)\)", text)
     assert {"report/report.md", "report/report.html", "training_config.yaml"} <= set(links)
     assert all((folder / link).is_file() for link in links)
-    assert "Trained on 40 documents (1,912,345 bytes). Scored on 12 documents (402,113 bytes)." in text
+    assert "Training text: 40 documents (1,912,345 bytes). Scored text: 12 documents (402,113 bytes)." in text
     assert "[Salesforce/wikitext](https://huggingface.co/datasets/Salesforce/wikitext)" in text
     assert "from the teacher [org/teacher](https://huggingface.co/org/teacher)." in text
     assert "```bash\naccelerate launch --num_processes 2 run_distillation.py a.yaml\n```" in text

@@ -557,7 +557,7 @@ def test_a_student_may_start_from_random_weights(tmp_path, texts):
 
 def test_the_process_itself_trains_reports_and_publishes_the_bare_student(tmp_path, texts):
     with LoopbackHub() as hub:
-        environment = {**os.environ, **hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **hub.environment(tmp_path / "home")}
         command = [sys.executable, str(ROOT / "run_distillation.py"), *flags(texts, push_to_hub="true")]
         command += ["--hub_model_id", "tester/tiny", "--max_steps", "1", "--disable_tqdm", "true"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -95,7 +95,7 @@ print(json.dumps({key: sorted(value) for key, value in info.items() if value}))
 
 def test_a_student_pushed_by_the_command_loads_from_the_hub_with_the_same_weights(finished_run, tmp_path):
     with LoopbackHub() as hub:
-        environment = {**os.environ, **hub.environment(tmp_path / "pusher"), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **hub.environment(tmp_path / "pusher")}
         command = [sys.executable, "-m", "distill_trainer.hub", "push", str(finished_run), "tiny-student", "--private"]
         pushed = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert (pushed.returncode, pushed.stdout) == (0, f"{hub.url}/tester/tiny-student\n"), pushed.stderr

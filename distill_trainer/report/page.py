@@ -30,13 +30,16 @@ from distill_trainer.report.wording import (
     sentences,
     settings_of,
     short,
+    shown_name,
     verdict,
 )
 
 
 def html_page(report: dict[str, Any], plots: Sequence[Plot]) -> str:
     """The whole report as one page, readable from 360 pixels, light and dark. All text is escaped."""
-    student, teacher = (str((report.get(role) or {}).get("name") or role) for role in ("student", "teacher"))
+    student, teacher = (
+        shown_name(str((report.get(role) or {}).get("name") or role)) for role in ("student", "teacher")
+    )
     command, (explanation, settings) = command_line(report), settings_of(report)
     lists = {title: facts(title, rows) for title, rows in sections(report)}
     router = router_panel(report, plots, lists.pop("Router", ""))

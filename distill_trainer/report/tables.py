@@ -12,6 +12,7 @@ from distill_trainer.report.wording import (
     perplexity,
     routed_layer,
     short,
+    shown_name,
 )
 
 RELIABILITY_HEADER = ("estimated capacity", "true token", "top-1 right", "anchors")
@@ -115,7 +116,7 @@ def token_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
             ROLES[role],
-            str(figures["name"]),
+            shown_name(str(figures["name"])),
             perplexity(figures.get("token_perplexity")),
             short(figures.get("tokens_per_second")),
             short(figures.get("generated_tokens_per_second")),

@@ -51,6 +51,11 @@ def parameters(model: dict[str, Any]) -> str:
     return short(total) if active in (None, total) else f"{short(total)} ({short(active)} active)"
 
 
+def shown_name(name: str) -> str:
+    """Name of a model, or its folder's path; of an absolute path the last part, since the rest is of one machine."""
+    return PurePath(name).name if PurePath(name).is_absolute() else name
+
+
 def model_rows(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Role and figures of every model that was scored, in the order of the headline table."""
     rows = [(role, report.get(role) or {}) for role in ROLES]
@@ -115,7 +120,7 @@ def verdict(report: dict[str, Any]) -> str:
     student, baseline = bits(report, "student"), bits(report, "baseline")
     result = outcome(report)
     if result == "unknown":
-        return "No verdict: without a baseline nobody can tell whether the teacher helped. Set run_baseline to true."
+        return "No verdict: without a baseline (run_baseline) nobody can tell whether the teacher helped."
     if result == "worse":
         before = bits(report, "student_before")
         alone = "" if baseline is None else f", and fine-tuning alone {baseline:.4f}"

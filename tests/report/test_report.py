@@ -155,6 +155,13 @@ def test_what_models_are_called_cannot_break_the_pages(report, tmp_path):
     assert "<b>" not in markdown and "\\|" in markdown and "\n# x" not in markdown
 
 
+def test_of_an_absolute_path_the_last_part_is_shown(report):
+    report["student"]["name"], report["teacher"]["name"] = "/home/somebody/runs/mine", "outputs/theirs"
+    page = Page(html_page(report, []))
+    assert "mine" in page.text and "outputs/theirs" in page.text and "somebody" not in page.text
+    assert "somebody" not in markdown_page(report, [])
+
+
 def test_markdown_tables_have_as_many_cells_in_every_row(report):
     report["student"]["name"] = "a|b"
     lines = markdown_page(report, []).splitlines()
