@@ -230,8 +230,8 @@ def check_attention(model: PreTrainedModel) -> None:
     model.eval()
     plain = run_trunk(model, input_ids, mask).last_hidden_state.float()
     try:
-        last = model.config.num_hidden_layers - 1
-        tapped = run_trunk(model, input_ids, mask, attention_layers=(last,)).last_hidden_state.float()
+        layers = tuple(range(model.config.num_hidden_layers))
+        tapped = run_trunk(model, input_ids, mask, attention_layers=layers).last_hidden_state.float()
     except ValueError:  # from transformers, for a soft cap
         tapped = torch.full_like(plain, torch.inf)
     model.train(training)

@@ -222,16 +222,19 @@ ALL = frozenset(LOSS_NAMES)
 NO_LOSSES: frozenset[str] = frozenset()
 
 
-def distillation_model(teacher, student=None, seed=5, **changes):
-    """A small student with a router that is away from the teacher's gate; `changes` are of `LogitSettings`."""
+def distillation_model(teacher, student=None, seed=5, layers=None, **changes):
+    """A small student with a router that is away from the teacher's gate; `changes` are of `LogitSettings`.
+
+    `layers` are those of the teacher that the feature and the attention loss compare; None is the last.
+    """
     student = student or tiny_llama()
     config = teacher.model.config
     pairs = LayerPairs.plan(
         student.config.num_hidden_layers,
         config.num_hidden_layers,
         layer_map="uniform",
-        feature_layers=None,
-        attention_layers=None,
+        feature_layers=layers,
+        attention_layers=layers,
     )
     torch.manual_seed(seed)
     routing = Routing(teacher.gate_rows(), student.config.hidden_size) if teacher.num_experts else None

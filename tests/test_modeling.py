@@ -1,5 +1,6 @@
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -245,6 +246,20 @@ def test_the_attention_loss_of_a_model_with_itself_is_zero():
     teacher = Teacher(copy.deepcopy(model), same, use_router=False)
     result = run(distillation_model(teacher, model), teacher, collated(sides=SAME), frozenset({"attention"}))
     assert result["losses"]["attention"] == 0
+
+
+@pytest.mark.parametrize("name", ["feature", "attention"])
+def test_a_loss_of_several_layers_is_the_mean_of_theirs(name):
+    teacher, batch, alone = tiny_teacher(), collated(), []
+    model = distillation_model(teacher, layers=[0, 2])
+    found = run(model, teacher, batch, frozenset({name}))["losses"][name].detach()
+    pairs, projections = getattr(model.pairs, name), model.feature_projections
+    for pair, projection_of_it in zip(pairs, projections, strict=True):
+        model.pairs = replace(model.pairs, **{name: (pair,)})
+        model.feature_projections = torch.nn.ModuleList([projection_of_it])
+        alone.append(run(model, teacher, batch, frozenset({name}))["losses"][name].detach())
+    assert len(alone) == 2 and alone[0] != pytest.approx(float(alone[1]), rel=0.01)
+    torch.testing.assert_close(found, torch.stack(alone).mean())
 
 
 @pytest.mark.parametrize("use_router", [True, False])

@@ -1,5 +1,6 @@
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,6 +50,19 @@ def test_a_target_is_learnable_for_its_router_and_fixed_for_the_student():
     assert moved == {"routing.routers.1.query.weight", "routing.routers.1.keys"}
 
 
+def test_what_a_target_of_two_losses_asks_of_its_router_is_their_mean():
+    teacher, batch = targets_teacher(), collated()
+    model = distillation_model(teacher, layers=[1])
+    at = [layer for _, layer in model.pairs.layerwise].index(1)
+    model.layerwise_projections[at].load_state_dict(model.feature_projections[0].state_dict())
+    model.pairs = replace(model.pairs, feature=(model.pairs.layerwise[at],))
+    one, two = (
+        run(model, teacher, batch, frozenset(names))["router"]["student_feature"].detach()
+        for names in (["feature"], ["feature", "layerwise"])
+    )
+    torch.testing.assert_close(two, one)
+
+
 def test_the_student_learns_from_the_rerouted_target_and_does_not_move_it():
     teacher, batch = targets_teacher(), collated()
     model = distillation_model(teacher)
@@ -77,7 +91,7 @@ def test_the_student_learns_from_the_rerouted_target_and_does_not_move_it():
     by_hand = [
         float(feature_loss(student, target, mask).detach()) for student, target in zip(students, targets, strict=True)
     ]
-    assert float(result["losses"]["layerwise"]) == pytest.approx(sum(by_hand) / 2, rel=1e-5)
+    assert result["losses"]["layerwise"].item() == pytest.approx(sum(by_hand) / 2, rel=1e-5)
     own = float(feature_loss(students[0], output.layers[1], mask).detach())
     assert abs(own - by_hand[0]) > 1e-3, "the own gate's state would be another target"
 

@@ -225,13 +225,14 @@ def test_attention_that_is_more_than_scaled_dot_products_is_told(soft_cap):
     assert model.training
 
 
-def test_a_bias_in_place_of_a_mask_is_told():
+@pytest.mark.parametrize("layer", [0, -1])
+def test_a_bias_in_place_of_a_mask_is_told(layer):
     model = tiny_llama()
 
     def bias(module, args, kwargs):
         length = kwargs["hidden_states"].shape[1]
         return args, kwargs | {"attention_mask": torch.zeros(1, 1, length, length)}
 
-    model.model.layers[-1].self_attn.register_forward_pre_hook(bias, with_kwargs=True)
+    model.model.layers[layer].self_attn.register_forward_pre_hook(bias, with_kwargs=True)
     with pytest.raises(UnsupportedModelError, match="attention of LlamaForCausalLM .* Set attention_weight to 0"):
         check_attention(model)
