@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 from distill_trainer.balance import LossBalance
 from distill_trainer.errors import NonFiniteLossError
-from distill_trainer.router import KnowledgeGap
+from distill_trainer.router import GAP_WARMUP_STEPS, KnowledgeGap
 
 logger = logging.get_logger(__name__)
 
@@ -134,6 +134,14 @@ class StepCallback(TrainerCallback):
         if self.balance is not None:
             self.balance.update(self.record.total_sizes(self.balance.power))
         self.record.end_step()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if args.gap_schedule and state.epoch == 1 and 0 < self.gap.steps <= GAP_WARMUP_STEPS:
+            logger.warning(
+                f"The first pass over the data had {int(self.gap.steps)} steps. gap_schedule needs more than "
+                f"{GAP_WARMUP_STEPS} to follow the gap, so kl_weight stays as it is. More text or fewer windows per "
+                "step give more."
+            )
 
 
 def _finite_gradients(model: nn.Module) -> bool:

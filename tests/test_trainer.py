@@ -153,6 +153,14 @@ def test_the_weights_stay_when_the_gap_schedule_is_off(tmp_path):
     assert trainer.distillation_model.gap.ratio() < 1
 
 
+@pytest.mark.parametrize(("rows", "lines"), [(4, 1), (100, 0)])
+def test_a_first_pass_too_short_for_the_gap_schedule_is_told(tmp_path, caplog, rows, lines):
+    trainer = tiny_trainer(tmp_path, max_steps=8, rows=rows, gap_schedule=True)
+    trainer.train()
+    assert set(logged(trainer, "distill/gap_ratio")) == {1.0}
+    assert sum("first pass over the data had" in record.getMessage() for record in caplog.records) == lines
+
+
 def test_an_adapter_run_trains_adapters_only_and_leaves_a_plain_student(tmp_path):
     trainer = tiny_trainer(tmp_path, use_peft=True, lora_r=4, save_strategy="steps", save_steps=4)
     before = copy.deepcopy(trainer.distillation_model.state_dict())
