@@ -1,4 +1,6 @@
+import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,26 @@ def test_every_variant_of_the_ablation_parses_and_they_are_all_different():
         check_settings(name, own, [])
         own.pop("output_dir")
     assert len({json.dumps(own, sort_keys=True) for own in settings.values()}) == len(settings)
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch):
+    monkeypatch.syspath_prepend(CONFIGS.parent / "tests" / "benchmarks")
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("name", ["bench_losses", "bench_kl_methods", "bench_when_it_pays"])
+def test_the_variants_of_the_benchmarks_parse(benchmark_module, name):
+    bench = benchmark_module(name)
+    ablation = replace(read_ablation([str(CONFIGS / "ablation.yaml")]), variants=bench.VARIANTS)
+    for case in getattr(bench, "CASES", {"": {}}).values():
+        for variant in bench.VARIANTS:
+            check_settings(variant, settings_of(ablation, variant, 0) | bench.BEST | case, [])
+
+
+def test_the_benchmark_of_the_losses_takes_the_reference_weights(benchmark_module):
+    bench, reference = benchmark_module("bench_losses"), parse_file("reference_losses.yaml")
+    assert bench.WEIGHTS | bench.PHASES == {name: reference[name] for name in (*bench.WEIGHTS, *bench.PHASES)}
 
 
 def test_the_ablation_is_the_demo_with_half_its_steps_and_fewer_losses():
