@@ -35,7 +35,7 @@ class RoutedBatch:
         residual: Re-routed residual stream after the last layer, `(num_anchors, teacher_hidden_size)`.
         hidden_states: Input of the teacher's head, same shape, or `(num_anchors, num_samples, teacher_hidden_size)`:
             several, whose beliefs are averaged.
-        gap: KL(teacher with its own gate || student), nats, `(num_anchors,)`.
+        gap: KL(teacher with its own gate || student), nats, `(num_anchors,)`; None where it was not looked at.
         mask: Which of the batch's anchors these are, `(batch_size, num_anchors_in_row)`.
         decisions: By re-routed layer, from the bottom up; empty without a router.
         logits: Over the teacher's vocabulary, `(num_anchors, teacher_vocab_size)`; None in training, which never holds
@@ -45,7 +45,7 @@ class RoutedBatch:
 
     residual: Tensor
     hidden_states: Tensor
-    gap: Tensor
+    gap: Tensor | None
     mask: Tensor
     decisions: dict[int, LayerDecision] = field(default_factory=dict)
     logits: Tensor | None = None

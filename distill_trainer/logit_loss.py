@@ -11,7 +11,7 @@ from distill_trainer.aligned import AnchorBatch, RoutedBatch
 from distill_trainer.alignment import VocabularyProjection
 from distill_trainer.losses.cross_tokenizer import alm_divergence, hybrid_distance, top_k_divergence, uld_distance
 from distill_trainer.losses.gap_weights import gap_weights
-from distill_trainer.losses.logits import divergence, mean_belief
+from distill_trainer.losses.logits import divergence, kl_divergence, mean_belief
 from distill_trainer.losses.span_correction import correct_spans
 from distill_trainer.router import student_divergence
 
@@ -38,6 +38,8 @@ class LogitSettings:
 class Survey:
     """What a first look at the logits, without gradient, says at the anchors. In nats, `(num_anchors,)`.
 
+    The first three are None where nothing needs them before the losses: the look is a pass through both heads.
+
     Attributes:
         gap: KL(teacher with its own gate || student).
         entropy: Of the student's next token, over its maximum, in [0, 1].
@@ -47,9 +49,9 @@ class Survey:
             if not needed.
     """
 
-    gap: Tensor
-    entropy: Tensor
-    true_logprobs: Tensor
+    gap: Tensor | None = None
+    entropy: Tensor | None = None
+    true_logprobs: Tensor | None = None
     span_logprobs: Tensor | None = None
     inner_logprobs: Tensor | None = None
 
@@ -73,7 +75,7 @@ class AnchorLoss:
     """
 
     # What `__call__` reports, in this order: sums over positions, in nats.
-    REPORTED = ("lm", "kl", "ce", "student_kl", "teacher_loss")
+    REPORTED = ("lm", "kl", "ce", "student_kl", "gap", "gap_difference")
 
     def __init__(
         self,
@@ -93,7 +95,9 @@ class AnchorLoss:
         self.num_items = max(len(at.labels), 1) if at.num_items is None else at.num_items
         self.num_anchors = max(len(at.upcoming), 1) if at.num_anchors is None else at.num_anchors
         self.anchor_weights = (
-            gap_weights(survey.gap, at.mask) if settings.gap_weighting else torch.ones_like(survey.gap)
+            gap_weights(survey.gap, at.mask)
+            if settings.gap_weighting
+            else torch.ones(len(at.upcoming), device=at.upcoming.device)
         )
         spans = at.teacher.spans
         self.corrected = spans.complete & spans.one_student_token & (spans.num_inner > 0)
@@ -128,8 +132,14 @@ class AnchorLoss:
                 sums["kl"] = self._unprojected(rows, student_logits, teacher_logits)
             # The logits are gone from here on: the projection writes over them.
             teacher_logprobs, first_logprobs = self.projection.log_probs_(teacher_logits, self.at.upcoming[rows])
-            held = _picked(teacher_logprobs, self.at.labels[rows])
-            sums["teacher_loss"] = -held[self.at.teacher.anchors.same_next[rows]].sum()
+            ahead = _picked(teacher_logprobs, self.at.labels[rows]) - true_logprobs
+            sums["gap_difference"] = ahead[self.at.teacher.anchors.same_next[rows]].sum()
+            if self.survey.gap is None:
+                # Without a router the teacher here is the teacher as it is.
+                beliefs = teacher_logprobs.detach(), student_logprobs.detach()
+                sums["gap"] = kl_divergence(*beliefs).clamp(min=0).sum()
+            else:
+                sums["gap"] = self.survey.gap[rows].sum()
             if self.routes:
                 sums["ce"] = -first_logprobs.sum()
                 # Without the spans' correction, which moves mass to student tokens that no teacher token begins with.
@@ -143,8 +153,8 @@ class AnchorLoss:
         return total, torch.stack([sums[name].detach() for name in self.REPORTED])
 
     def parts(self, sums: Tensor) -> dict[str, Tensor]:
-        """The reported sums of all positions as means, by name; `teacher_loss` stays a sum."""
-        counts = {"lm": self.num_items, "teacher_loss": 1}
+        """The reported sums of all positions as means, by name; `gap_difference` stays a sum."""
+        counts = {"lm": self.num_items, "gap_difference": 1}
         return {name: sums[i] / counts.get(name, self.num_anchors) for i, name in enumerate(self.REPORTED)}
 
     def _target(self, rows: slice, teacher_logprobs: Tensor, first_logprobs: Tensor) -> Tensor:

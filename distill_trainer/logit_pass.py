@@ -69,10 +69,18 @@ class LogitPass:
         return torch.cat(values)
 
     @torch.no_grad()
-    def survey(self, at: AnchorBatch) -> Survey:
-        """Look at both models' logits at the anchors, before the router chooses."""
-        survey = Survey(*torch.cat([self._look(at, rows) for rows in self._chunks(at.upcoming)], dim=1))
+    def survey(self, at: AnchorBatch, *, routes: bool = True) -> Survey:
+        """Look at both models' logits at the anchors, before the router chooses.
+
+        Args:
+            at: The batch.
+            routes: Whether a router will ask for the gap and the student's beliefs. Without one they are looked at
+                only if the settings need them.
+        """
         spans, alm = at.teacher.spans, self.settings.kl_method == "alm"
+        survey = Survey()
+        if routes or alm or self.settings.gap_weighting:
+            survey = Survey(*torch.cat([self._look(at, rows) for rows in self._chunks(at.upcoming)], dim=1))
         if alm or self.settings.corrects_spans:
             inner = self.token_logprobs(self.teacher.head, at.teacher.inner_states, spans.teacher_targets)
             survey.inner_logprobs = spans.inner_sums(inner)
@@ -108,8 +116,9 @@ class LogitPass:
 
         Returns:
             The weighted sum, with gradients to the student (from `kl` and `lm`) and to `routed` (from `ce` and
-            `student_kl`); and the unweighted parts, detached: means by name, and `teacher_loss`, the student-aware
-            teacher's loss on the student's true tokens, summed over the anchors of `same_next`.
+            `student_kl`); and the unweighted parts, detached: means by name, and `gap_difference`, by how much the
+            student's loss on its true tokens is above the student-aware teacher's, summed over the anchors of
+            `same_next`.
         """
         alm = self.settings.kl_method == "alm" and weights["kl"] > 0
         first = self.token_logprobs(self.teacher.head, routed.hidden_states, at.upcoming) if alm else None

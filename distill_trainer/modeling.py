@@ -20,7 +20,6 @@ from distill_trainer.losses.contrastive import contrastive_loss, evenly_spaced
 from distill_trainer.losses.feature import feature_loss
 from distill_trainer.losses.layerwise import layerwise_loss
 from distill_trainer.losses.logits import mean_belief
-from distill_trainer.losses.reduction import token_mean
 from distill_trainer.negatives import anchors_per_rank, last_tokens, of_other_ranks
 from distill_trainer.router import KnowledgeGap
 from distill_trainer.routing import Routing, router_losses, routing_metrics
@@ -148,7 +147,7 @@ class DistillationModel(nn.Module):
 
         batch |= {"input_ids": input_ids, "labels": labels}
         at = AnchorBatch.of(batch, trunk, teacher_output, num_items=num_items, num_anchors=num_anchors)
-        survey = logits.survey(at)
+        survey = logits.survey(at, routes=self.routing is not None)
         routed = self.route(at, survey, teacher, values)
         weigh_logits = partial(logits.losses, at, routed, survey, weights=weights, temperature=values.temperature)
         logit_loss, parts = weigh_logits()
@@ -174,7 +173,7 @@ class DistillationModel(nn.Module):
             "logit_loss": logit_loss,
             "losses": named,
             "router": router,
-            "metrics": self._metrics(at, routed, survey, parts["teacher_loss"]),
+            "metrics": self._metrics(at, routed, parts),
             "sizes": sizes,
         }
 
@@ -279,15 +278,9 @@ class DistillationModel(nn.Module):
         return torch.stack(values).mean()
 
     @torch.no_grad()
-    def _metrics(
-        self, at: AnchorBatch, routed: RoutedBatch, survey: Survey, teacher_loss: Tensor
-    ) -> dict[str, Tensor]:
-        same_next = at.teacher.anchors.same_next
-        metrics = {
-            "gap": token_mean(routed.gap, at.num_anchors),
-            "gap_difference": -survey.true_logprobs[same_next].sum() - teacher_loss,
-            "gap_count": same_next.sum().float(),
-        }
+    def _metrics(self, at: AnchorBatch, routed: RoutedBatch, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        metrics = {name: parts[name] for name in ("gap", "gap_difference")}
+        metrics["gap_count"] = at.teacher.anchors.same_next.sum().float()
         if routed.decisions:
             metrics |= routing_metrics(at, routed)
         return metrics

@@ -11,6 +11,7 @@ from builders import (
     TEACHER_ROWS,
     collated,
     distillation_model,
+    projection,
     run,
     scheduled,
     tiny_llama,
@@ -293,6 +294,23 @@ def test_a_sharded_head_is_called_as_often_whatever_the_batch(monkeypatch, metho
         run(model, teacher, batch)["logit_loss"].backward()
         counts.append(tuple(calls))
     assert counts[0] == counts[1] == counts[2] and {"student", "teacher"} == set(counts[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "reads"),
+    [({}, 1), ({"kl_method": "uld"}, 1), ({"gap_weighting": True}, 2), ({"kl_method": "alm"}, 3)],
+)
+def test_without_a_router_the_teachers_head_reads_an_anchor_no_more_often_than_needed(settings, reads):
+    """A pass of this head is a fifth of a step: it is looked at beforehand only where the losses need what it says."""
+    teacher, rows = Teacher(tiny_moe(), projection(), use_router=False), []
+    model = distillation_model(teacher, span_correction=False, **settings)
+    batch = collated(4)
+    with_logits = model.route_batch(batch, teacher, teacher(batch, Anchors.of(batch)), scheduled())
+    teacher.model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    metrics = run(model, teacher, batch)["metrics"]
+    inner = int(Spans.of(batch, Anchors.of(batch)).num_inner.sum()) if settings.get("kl_method") == "alm" else 0
+    assert sum(rows) == reads * len(Anchors.of(batch)) + inner
+    torch.testing.assert_close(metrics["gap"], with_logits.gap.mean())
 
 
 def test_no_chunk_holds_all_logits(monkeypatch):
