@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from distill_trainer.errors import ConfigurationError
-from distill_trainer.parsing import PlainLoader, parse_arguments
+from distill_trainer.parsing import PlainLoader, fields_of, parse_arguments
 
 CONFIG = "config.yaml"
 MOST_SEED = 999_999_999
@@ -24,6 +24,9 @@ FIXED = {
     "logging_strategy": "no",
     "disable_tqdm": "true",
 }
+# What only a run by itself does, with its own seed and folder.
+UNUSED = ("skip_eval", "lm_eval_tasks", "push_to_hub", "resume_from_checkpoint", "seed", "output_dir")
+LONGEST_NAME = 100
 
 
 @dataclass
@@ -85,12 +88,10 @@ def read_ablation(argv: Sequence[str] | None = None) -> Ablation | None:
         raise ConfigurationError(
             f"{path}: seeds must be a list of whole numbers from 0 to {MOST_SEED:,}, got {seeds}."
         )
-    if not str(jobs).isdigit() or int(jobs) < 1:
-        raise ConfigurationError(f"{path}: jobs must be 1 or above, got {jobs}.")
-    given = {flag.split("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")}
+    if not re.fullmatch(r"[1-9]\d{0,3}", str(jobs), re.ASCII):
+        raise ConfigurationError(f"{path}: jobs must be from 1 to 9999, got {jobs}.")
     named = content.pop("output_dir", str(Ablation.folder))
-    for name in sorted((given | content.keys() | set().union(*variants.values())) & {*FIXED, "seed", "output_dir"}):
-        raise ConfigurationError(f"{path}: an ablation sets {name} for each run itself. Take it out.")
+    _check_names(path, variants, content, flags)
     if not isinstance(named, str) or named in ("", "~", "null"):
         raise ConfigurationError(f"{path}: output_dir must name a folder, got {named or 'none'}.")
     folder = Path(own.output_dir or named)
@@ -100,6 +101,26 @@ def read_ablation(argv: Sequence[str] | None = None) -> Ablation | None:
         if runs.count(run) > 1:
             raise ConfigurationError(f"{path}: two runs would share the folder {run}. Name variants and seeds apart.")
     return ablation
+
+
+def _check_names(path: Path, variants: dict[str, dict[str, Any]], settings: dict[str, Any], flags: list[str]) -> None:
+    """Raise if a variant has no usable name, or if a setting cannot be told from another."""
+    for name in variants:
+        if not 0 < (length := len(str(name).strip())) <= LONGEST_NAME:
+            raise ConfigurationError(
+                f"{path}: the name of a variant must have 1 to {LONGEST_NAME} characters, got {length}."
+            )
+    given = fields_of(flag.split("=")[0][2:] for flag in flags if flag.startswith("--"))
+    for name in sorted((given | fields_of(settings) | fields_of(set().union(*variants.values()))) & {*FIXED, *UNUSED}):
+        raise ConfigurationError(
+            f"{path}: {name} must be left out, since an ablation trains and scores its runs itself."
+        )
+    for name, changes in variants.items():
+        # The flag would win over the variant, whose row would tell of something else.
+        for field_name in sorted(given & fields_of(changes)):
+            raise ConfigurationError(
+                f"--{field_name} must be left out, since the variant {name} changes it. Change {path} instead."
+            )
 
 
 def run_folder(ablation: Ablation, name: str, seed: int) -> Path:
@@ -130,5 +151,11 @@ def check_settings(name: str, settings: dict[str, Any], flags: list[str]) -> Non
 
 
 def made_with(settings: dict[str, Any], flags: list[str]) -> dict[str, Any]:
-    """What decides whether a result may be kept."""
-    return {"settings": settings, "flags": flags}
+    """What decides whether a result may be kept, in whatever order the flags were given."""
+    words: list[list[str]] = []
+    for word in flags:
+        if word.startswith("--") or not words:
+            words.append([])
+        words[-1].append(word)
+    # Stable: of a flag that is given twice the later one counts.
+    return {"settings": settings, "flags": sum(sorted(words, key=lambda flag: flag[0].split("=")[0]), [])}

@@ -345,7 +345,11 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
         if not isinstance(self.router_parts, list):
             raise ConfigurationError(f"router_parts must be a list of names, got {self.router_parts}.")
         for part in self.router_parts:
-            check_choice("router_parts", part, (*ROUTER_PARTS, "none alone"))
+            if part == "none" or self.router_parts.count(part) > 1:
+                raise ConfigurationError(
+                    f"router_parts must be different names, or none alone, got {' '.join(self.router_parts)}."
+                )
+            check_choice("router_parts", part, (*ROUTER_PARTS, "none"))
         if self.expert_sampling and not self.use_router:
             raise ConfigurationError(
                 f"expert_sampling must be 0 without use_router, got {self.expert_sampling}. To sample by the gate "

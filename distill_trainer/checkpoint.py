@@ -82,8 +82,8 @@ def load_modules(folder: Path, model: DistillationModel) -> None:
         same_shapes = {n: v.shape for n, v in extras.items()} == {n: v.shape for n, v in expected.items()}
         if not same_shapes or not _settings(model).items() <= metadata.items():
             raise CheckpointError(
-                f"{folder} was written by a run with another teacher, student, set of losses, router_layers, "
-                "router_parts or loss_balancing. Resume it with the settings that it was started with."
+                f"{folder} was written by a run with another teacher, student, set of losses, use_router, "
+                "router_layers, router_parts or loss_balancing. Resume it with the settings that it was started with."
             )
         if adapted:
             model.student.load_adapter(str(folder), model.student.active_adapter, is_trainable=True)

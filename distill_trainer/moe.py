@@ -121,10 +121,12 @@ def gate_of(block: nn.Module) -> nn.Module | None:
 
 def gate_rows(block: nn.Module) -> Tensor:
     """The gate's weight, one row per expert, `(num_experts, hidden_size)`."""
-    rows = [weight for weight in gate_of(block).parameters() if weight.ndim == 2]
-    if len(rows) != 1 or rows[0].shape[0] != block.experts.num_experts:
+    count = block.experts.num_experts
+    rows = [weight for weight in gate_of(block).parameters() if weight.ndim == 2 and len(weight) == count]
+    if len(rows) != 1:
         raise UnsupportedModelError(
-            f"The gate {type(gate_of(block)).__name__} of the teacher has no single weight with a row per expert."
+            f"The gate {type(gate_of(block)).__name__} of the teacher has no single weight with a row per expert. Set "
+            "use_router to false to distil from its own gate."
         )
     return rows[0].detach()
 

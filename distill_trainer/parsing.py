@@ -97,14 +97,18 @@ class SettingsParser(HfArgumentParser):
             message = "{} must be of type {}, got {}.".format(*wrong.groups())
         raise ConfigurationError(self.source + re.sub(r"^argument --(\w+)[^:\s]*:", r"\1:", message))
 
-    def _check_names(self, given: Iterable[str], *, in_file: bool) -> dict[str, str]:
-        """The field that each name sets; raises if a name is not known, or if two names of one field are given."""
-        known = {
+    def fields(self, *, in_file: bool) -> dict[str, str]:
+        """The field that each name sets, in a file or as a flag."""
+        return {
             option[2:].replace("-", "_"): action.dest
             for action in self._actions
             for option in action.option_strings
             if option.startswith("--") and not (in_file and (action.nargs == 0 or action.dest == "config"))
         }
+
+    def _check_names(self, given: Iterable[str], *, in_file: bool) -> dict[str, str]:
+        """`fields`; raises if a name is not known, or if two names of one field are given."""
+        known = self.fields(in_file=in_file)
         seen: dict[str, str] = {}
         for name in given:
             if name not in known:
@@ -195,6 +199,13 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     if training.project != "huggingface":
         os.environ["WANDB_PROJECT"] = training.project  # the only place where the Trainer's wandb callback looks
     return model, text, training
+
+
+def fields_of(names: Iterable[str]) -> set[str]:
+    """The fields that these names set, further names of a field included; unknown ones stay as they are."""
+    known = _parser().fields(in_file=False)
+    plain = (name.replace("-", "_") for name in names)
+    return {known.get(name, name) for name in plain}
 
 
 def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from distill_trainer.losses.reduction import row_dot, token_mean
 
 CAPACITY_HIDDEN_SIZE = 64
+FIRST_CAPACITY = 0.1
 MAX_KEY_SIZE = 128
 # What moves the router away from the teacher's gate.
 ROUTER_PARTS = ("importance", "capacity", "gap")
@@ -80,6 +81,8 @@ class StudentAwareRouter(nn.Module):
             nn.init.zeros_(self.query.weight)
         self.capacity_hidden = nn.Linear(student_hidden_size + 1, CAPACITY_HIDDEN_SIZE)
         self.capacity_output = nn.Linear(CAPACITY_HIDDEN_SIZE, 1)
+        # From one half the estimate would take tens of steps to come down to what a language model can do.
+        nn.init.constant_(self.capacity_output.bias, math.log(FIRST_CAPACITY / (1 - FIRST_CAPACITY)))
 
     def forward(
         self,
@@ -130,7 +133,7 @@ def select_experts(router_logits: Tensor, top_k: int, temperature: float) -> tup
     """Softmax at the temperature, the `top_k` most probable experts, weights renormalised to sum 1.
 
     A single weight is the constant 1 and would leave the router without gradient. It is written `p / p.detach()`: the
-    same value, with the gradient of `log p`.
+    same value, with the gradient of `log p`. Of equally probable experts the gate's own choice, the first, is taken.
 
     Returns:
         Routing weights and expert indices, each `(num_anchors, top_k)`.

@@ -119,7 +119,10 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
     for name in NORM_NAMES:
         if hasattr(model.base_model, name):
             return getattr(model.base_model, name)
-    raise UnsupportedModelError(f"The final normalisation of {type(model).__name__} cannot be found.")
+    raise UnsupportedModelError(
+        f"The final normalisation of {type(model).__name__} cannot be found. A teacher can do without: set use_router "
+        "to false to distil from its own gate."
+    )
 
 
 def attention_module(layer: nn.Module) -> nn.Module:

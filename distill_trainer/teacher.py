@@ -17,6 +17,7 @@ from distill_trainer.layer_plan import RoutedLayers
 from distill_trainer.mixing import like_the_gate, mix_experts, reroute_experts
 from distill_trainer.moe import ExpertCall, expert_layers, gate_rows, record_choices, record_experts
 from distill_trainer.replay import LayerCall, record_calls, replay
+from distill_trainer.router import select_experts
 from distill_trainer.taps import decoder_layers, final_norm, output_head, run_trunk
 
 logger = logging.get_logger(__name__)
@@ -250,7 +251,18 @@ class Teacher:
             )
         self._check("head", self.head(output.hidden_states), expected)
         if self.routed.depth:
+            self._verify_gates(output)
             self._verify_reroute(input_ids, output)
+
+    def _verify_gates(self, output: TeacherOutput) -> None:
+        """Compare what the gates did with what their scores say, from which the router starts."""
+
+        def as_scored(layer: int, own: ExpertCall) -> tuple[Tensor, Tensor]:
+            return select_experts(own.gate_logits, own.selected_experts.shape[-1], 1.0)[::-1]
+
+        rerouted = self.reroute(output, as_scored)
+        way_out = "Set use_router to false to distil from its own gate"
+        self._check("gate", self.head(rerouted.hidden_states), self.head(output.hidden_states), way_out)
 
     def _verify_reroute(self, input_ids: Tensor, output: TeacherOutput) -> None:
         """Compare `reroute` with the model run while other experts are forced on its blocks."""

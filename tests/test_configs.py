@@ -53,7 +53,9 @@ def benchmark_module(monkeypatch):
     return importlib.import_module
 
 
-@pytest.mark.parametrize("name", ["bench_losses", "bench_kl_methods", "bench_when_it_pays"])
+@pytest.mark.parametrize(
+    "name", ["bench_losses", "bench_kl_methods", "bench_when_it_pays", "bench_frontier", "bench_native"]
+)
 def test_the_variants_of_the_benchmarks_parse(benchmark_module, name):
     bench = benchmark_module(name)
     ablation = replace(read_ablation([str(CONFIGS / "ablation.yaml")]), variants=bench.VARIANTS)

@@ -128,7 +128,7 @@ def test_every_command_is_one_that_these_tests_know():
 
 BENCHMARKS = [
     *("ablation", "bench_kl_methods", "bench_logit_loss", "bench_losses", "bench_router", "bench_when_it_pays"),
-    *("bench_frontier", "bench_step", "native_teacher"),
+    *("bench_frontier", "bench_native", "bench_step", "native_teacher"),
 ]
 
 

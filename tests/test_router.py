@@ -322,6 +322,14 @@ def test_a_duplicated_expert_shares_its_load():
     torch.testing.assert_close(both[:, 2], both[:, 5])
     # Together they get more than the expert alone, each of them less: the softmax has one more term.
     assert (both[:, 2] < alone[:, 2]).all() and (2 * both[:, 2] > alone[:, 2]).all()
+    for top_k in (2, 3):
+        few = load(gate_logits, top_k)
+        chosen = (few[:, 2] > 0) & (few[:, 5] > 0)
+        assert chosen.any()
+        torch.testing.assert_close(few[chosen, 2], few[chosen, 5])
+    # Where one is chosen, one of two that are the same does for both.
+    one, single = load(gate_logits, 1), load(gate_logits.index_fill(1, torch.tensor([5]), -torch.inf), 1)
+    assert torch.equal(one[:, 2] + one[:, 5], single[:, 2]) and single[:, 2].any()
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])

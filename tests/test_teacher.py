@@ -6,6 +6,7 @@ import pytest
 import torch
 from builders import (
     FAMILIES,
+    SHAPE,
     collated,
     every_position,
     projection,
@@ -15,6 +16,7 @@ from builders import (
     tiny_teacher,
 )
 from test_moe import tiny_jetmoe
+from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, PhimoeConfig, PhimoeForCausalLM
 
 from distill_trainer.anchors import IGNORE_INDEX, Anchors
 from distill_trainer.errors import UnsupportedModelError
@@ -305,6 +307,27 @@ def test_logits_that_overflow_name_the_setting_to_change():
         model.lm_head.weight.mul_(6e4)
     with pytest.raises(UnsupportedModelError, match="overflow in torch.float16. Set teacher_dtype"):
         Teacher(model, projection()).verify()
+
+
+def test_a_gate_that_its_scores_do_not_explain_is_refused():
+    """Phimoe's weighs each expert by a softmax over some of the scores: the router would not start from it."""
+    config = PhimoeConfig(**SHAPE, intermediate_size=32, num_local_experts=4)
+    torch.manual_seed(0)
+    model = PhimoeForCausalLM(config)
+    for layers in ("last", "all"):
+        with pytest.raises(UnsupportedModelError, match="The gate of the teacher PhimoeForCausalLM .* use_router to"):
+            Teacher(model, projection(), router_layers=layers).verify()
+    Teacher(model, projection(), use_router=False).verify()
+
+
+def test_a_bias_beside_the_gates_weight_is_no_second_weight():
+    sizes = {"intermediate_size": 64, "moe_intermediate_size": 32, "moe_num_experts": 4, "moe_k": 2, "head_dim": 16}
+    torch.manual_seed(0)
+    model = Ernie4_5_MoeForCausalLM(Ernie4_5_MoeConfig(**SHAPE, **sizes, moe_layer_start_index=0))
+    for layers in ("last", "all"):
+        teacher = Teacher(model, projection(), router_layers=layers)
+        teacher.verify()
+        assert all(rows.shape == (4, SHAPE["hidden_size"]) for rows in teacher.gate_rows().values())
 
 
 def test_experts_that_cannot_be_found_are_an_error_only_with_the_router():

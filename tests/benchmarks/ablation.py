@@ -3,9 +3,8 @@
     python tests/benchmarks/ablation.py [--field value ...]
 
 The same as `python run_distillation.py configs/ablation.yaml`; flags are settings of every run. Results are files in
-the output folder: what is there is not run again. A teacher whose gate was learned with its experts is made by
-native_teacher.py beside this file, and used as in `--teacher_model_name_or_path outputs/native_teacher --output_dir
-outputs/native`.
+the output folder: what is there is not run again. The numbers of experts in the file are those of the demo's teacher,
+so for another one change the file; bench_native.py beside this one asks about a teacher whose gate was learned.
 """
 
 import sys

@@ -24,7 +24,7 @@ from distill_trainer.schedules import ScheduledValues
 from distill_trainer.taps import TrunkOutput
 from distill_trainer.teacher import Teacher
 
-STUDENT_SIZE, VOCAB = 576, 1024
+STUDENT_SIZE, VOCAB, EXPERTS = 576, 1024, 3
 
 
 def reference_teacher(num_layers: int, device: str) -> Qwen3MoeForCausalLM:
@@ -38,7 +38,7 @@ def reference_teacher(num_layers: int, device: str) -> Qwen3MoeForCausalLM:
         head_dim=128,
         intermediate_size=3072,
         moe_intermediate_size=3072,
-        num_experts=3,
+        num_experts=EXPERTS,
         num_experts_per_tok=1,
         vocab_size=VOCAB,
     )
@@ -96,6 +96,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    if options.layers < 1 or not all(1 <= top_k <= EXPERTS for top_k in options.top_k):
+        parser.error(f"--layers must be 1 or above, and --top_k from 1 to {EXPERTS}.")
     logging.set_verbosity_error()
     model = reference_teacher(options.layers, options.device)
     case = text_batch(options.batch_size, options.tokens, options.device)
