@@ -6,16 +6,16 @@ from torch import Tensor
 from distill_trainer.losses.reduction import select_pairs, token_mean
 
 RMS_EPS = 1e-6
-# Largest size of a channel, in means over the channels: nearly 5 standard deviations of a normal distribution.
-OUTLIER_LIMIT = 6.0
+# Largest size of a channel, in upper quartiles over the channels: 4.6 standard deviations of a normal distribution.
+OUTLIER_LIMIT = 4.0
 
 
 def tame_outliers(states: Tensor) -> Tensor:
-    """The states with every channel cut to `OUTLIER_LIMIT` times the mean size of the row's channels.
+    """The states with every channel cut to `OUTLIER_LIMIT` times the upper quartile of the row's sizes.
 
     A few channels of a residual stream can be a thousand times larger than the rest
-    (https://huggingface.co/papers/2402.17762). Uncut, they alone would say how far two states are apart. Cut, three
-    such channels among a thousand have less than a tenth of the weight.
+    (https://huggingface.co/papers/2402.17762). Uncut, they alone would say how far two states are apart. Cut, however
+    large they are, three of them have 6 % of the weight among a thousand channels, and 26 % among two hundred.
 
     Args:
         states: `(..., hidden_size)`.
@@ -23,11 +23,9 @@ def tame_outliers(states: Tensor) -> Tensor:
     Returns:
         Same shape; the input itself, in value, where nothing stands out.
     """
-    # Twice, because what stands out has raised the first mean.
-    for _ in range(2):
-        bound = OUTLIER_LIMIT * states.abs().mean(dim=-1, keepdim=True)
-        states = states.clamp(-bound, bound)
-    return states
+    # A quartile, because what stands out would raise the mean by which it is found.
+    bound = OUTLIER_LIMIT * states.abs().kthvalue(-(-3 * states.shape[-1] // 4), dim=-1, keepdim=True).values
+    return states.clamp(-bound, bound)
 
 
 def feature_distance(student_features: Tensor, teacher_features: Tensor) -> Tensor:

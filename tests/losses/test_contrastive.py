@@ -13,7 +13,7 @@ from distill_trainer.losses.contrastive import MAX_ANCHORS, contrastive_loss, ev
 MASK = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1]], dtype=torch.bool)
 
 
-def random_features(seed: int, shape=(2, 4, 16)):
+def random_features(seed: int, shape=(2, 4, 64)):
     return torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed)).unbind(0)
 
 
@@ -85,7 +85,7 @@ def test_anchors_that_all_repeat_give_zero_and_finite_gradients():
 
 @pytest.mark.parametrize("max_anchors, chosen", [(2, [0, 9]), (4, [0, 3, 6, 9]), (7, [0, 1, 3, 4, 6, 7, 9])])
 def test_more_anchors_than_allowed_are_thinned_out_evenly(max_anchors, chosen):
-    student, teacher = random_features(5, (10, 16))
+    student, teacher = random_features(5, (10, 64))
     groups = torch.tensor([0, 1, 2, 0, 3, 0, 0, 4, 5, 0])
     mask = torch.ones(10, dtype=torch.bool)
     loss = contrastive_loss(student, teacher, mask, max_anchors=max_anchors, texts=texts_of(groups))
@@ -94,8 +94,8 @@ def test_more_anchors_than_allowed_are_thinned_out_evenly(max_anchors, chosen):
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_states_of_others_are_negatives_and_nothing_else(count):
-    student, teacher = random_features(11, (count, 16))
-    others = torch.randn(5, 16, generator=torch.Generator().manual_seed(12)).requires_grad_()
+    student, teacher = random_features(11, (count, 64))
+    others = torch.randn(5, 64, generator=torch.Generator().manual_seed(12)).requires_grad_()
     mask = torch.ones(count, dtype=torch.bool)
     student.requires_grad_()
     loss = contrastive_loss(student, teacher, mask, other_features=others)
@@ -108,8 +108,8 @@ def test_states_of_others_are_negatives_and_nothing_else(count):
 
 
 def test_repeated_text_of_others_is_no_negative():
-    student, teacher = random_features(13, (4, 16))
-    others = torch.randn(3, 16, generator=torch.Generator().manual_seed(14))
+    student, teacher = random_features(13, (4, 64))
+    others = torch.randn(3, 64, generator=torch.Generator().manual_seed(14))
     groups, other_groups = torch.tensor([0, 1, 0, 2]), torch.tensor([2, 7, 0])
     loss = contrastive_loss(
         student,

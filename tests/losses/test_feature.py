@@ -28,7 +28,7 @@ def reference(student, teacher, mask):
     return torch.stack(terms).mean().float()
 
 
-@pytest.mark.parametrize("hidden_size", [2, 16, 300])
+@pytest.mark.parametrize("hidden_size", [64, 300])
 def test_matches_the_definition_at_every_width(hidden_size):
     student, teacher = random_features(0, hidden_size)
     torch.testing.assert_close(
@@ -92,6 +92,19 @@ def test_massive_channels_draw_a_small_share_of_the_gradient(channels):
     feature_loss(student, with_massive_channels(teacher, channels), MASK).backward()
     share = student.grad[..., channels].square().sum() / student.grad.square().sum()
     assert share < 0.1
+
+
+@pytest.mark.parametrize("size", [1e2, 1e3, 1e5])
+@pytest.mark.parametrize("width", [64, 192, 576, 1024])
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_massive_channels_weigh_depends_on_their_number_and_not_on_their_size(width, count, size):
+    states = torch.randn(200, width, generator=torch.Generator().manual_seed(13))
+    states[:, :count] = size * states[:, :count].sign()
+    energy = tame_outliers(states).square()
+    share = energy[:, :count].sum() / energy.sum()
+    # Each is cut to 4.6 standard deviations of the others.
+    bound = count * 4.6**2 / (count * 4.6**2 + width - count)
+    assert 0.9 * bound < share < 1.2 * bound
 
 
 def test_only_outliers_are_cut_and_equal_rows_with_outliers_have_no_distance():
