@@ -1,6 +1,7 @@
 """Settings of a run: three dataclasses that check their values, parsed from one file and command-line flags."""
 
 import copy
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -327,6 +328,11 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
             names = ", ".join(name for name, weight in weights.items() if weight)
             raise ConfigurationError(
                 f"phase_boundaries must let a loss train from the start, got {bounds} with {names} alone. Set 0 0."
+            )
+        at_the_end = phase_weights(weights, phase(math.nextafter(1.0, 0.0), bounds))
+        if never := [name for name, weight in weights.items() if weight and not at_the_end[name]]:
+            raise ConfigurationError(
+                f"phase_boundaries must be below 1 for {' and '.join(never)} to train at all, got {bounds}."
             )
 
     def _check_router(self) -> None:

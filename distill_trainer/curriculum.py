@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import TrainerState
+from transformers.utils import logging
 
 from distill_trainer.data import DistillationCollator
 from distill_trainer.errors import ConfigurationError, UnsupportedModelError
@@ -17,6 +18,8 @@ from distill_trainer.logit_pass import LogitPass
 from distill_trainer.schedules import DATA_CURRICULA, competence
 from distill_trainer.taps import run_trunk
 from distill_trainer.teacher import Teacher
+
+logger = logging.get_logger(__name__)
 
 _, LENGTH, TEACHER_LOSS = DATA_CURRICULA
 
@@ -67,13 +70,16 @@ class CurriculumSampler(Sampler[int]):
             yield available.pop()
 
 
-def check_curriculum(curriculum: str, dataset: Dataset | IterableDataset | None, teacher: Teacher | None) -> None:
-    """Raise unless the windows of a dataset can be put in this order.
+def check_curriculum(
+    curriculum: str, dataset: Dataset | IterableDataset | None, teacher: Teacher | None, *, gap_schedule: bool = False
+) -> None:
+    """Raise unless the windows of a dataset can be put in this order; warn where the order misleads the gap schedule.
 
     Args:
         curriculum: The setting `data_curriculum`.
         dataset: Documents or windows.
         teacher: None without one.
+        gap_schedule: The setting of this name.
 
     Raises:
         ConfigurationError: If they are a stream, or nobody is there to say how difficult they are.
@@ -91,6 +97,11 @@ def check_curriculum(curriculum: str, dataset: Dataset | IterableDataset | None,
         )
     if curriculum == LENGTH and "input_ids" in dataset.column_names and LENGTH not in dataset.column_names:
         raise ConfigurationError("data_curriculum length needs the column length of prepare_dataset, got none.")
+    if curriculum == TEACHER_LOSS and teacher is not None and gap_schedule:
+        logger.warning(
+            "With data_curriculum teacher_loss the gap to the teacher starts on the easiest windows, so that their "
+            "order moves it too, and with it kl_weight. Set gap_schedule to false to keep kl_weight."
+        )
 
 
 def with_teacher_losses(

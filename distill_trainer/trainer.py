@@ -87,7 +87,7 @@ class DistillationTrainer(Trainer):
                 raise ConfigurationError("teacher_model must be given unless lm_weight is the only weight above 0.")
             tokenizers = teacher_processing_class, processing_class
             self.teacher = build_teacher(teacher_model, student, *tokenizers, args)
-        check_curriculum(args.data_curriculum, train_dataset, self.teacher)
+        check_curriculum(args.data_curriculum, train_dataset, self.teacher, gap_schedule=args.gap_schedule)
         train_dataset = self._prepared(train_dataset, "train", args)
         eval_dataset = self._prepared(eval_dataset, "eval", args)
         super().__init__(

@@ -249,6 +249,7 @@ def test_a_wrong_value_is_one_line_that_names_field_and_value(flags, field, valu
         ({"router_layers": None}, "all, or different layer numbers as in 1 3, got None"),
         ({"router_layers": ["3", "3"]}, "all, or different layer numbers as in 1 3, got ['3', '3']"),
         ({"router_parts": ["none", "gap"]}, "must be different names, or none alone, got none gap"),
+        ({"phase_boundaries": [0, 1]}, "phase_boundaries must be below 1 for contrastive to train at all"),
         ({"router_parts": ["gap", "gap"]}, "must be different names, or none alone, got gap gap"),
         ({"expert_sampling": 2, "use_router": False}, "expert_sampling must be 0 without use_router, got 2"),
         ({"router_parts": None}, "router_parts must be a list of names, got None"),

@@ -194,6 +194,15 @@ def test_windows_without_their_length_cannot_be_ordered_by_it(tmp_path):
         trainer_over(tmp_path, windows().remove_columns("length"), data_curriculum="length")
 
 
+@pytest.mark.parametrize(
+    ("curriculum", "gap_schedule", "lines"),
+    [("teacher_loss", True, 1), ("teacher_loss", False, 0), ("length", True, 0)],
+)
+def test_the_order_by_the_teachers_loss_is_said_to_move_the_gap(tmp_path, caplog, curriculum, gap_schedule, lines):
+    tiny_trainer(tmp_path, data_curriculum=curriculum, gap_schedule=gap_schedule)
+    assert sum("Set gap_schedule to false" in record.getMessage() for record in caplog.records) == lines
+
+
 def test_texts_can_be_ordered_too(tmp_path):
     trainer = trainer_over(tmp_path, Dataset.from_dict({"text": TEXTS}), data_curriculum="teacher_loss", max_steps=1)
     trainer.train()
