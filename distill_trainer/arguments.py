@@ -125,7 +125,7 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
         metadata={"help": "Draw so many sets of experts per anchor and average what the teacher says. 0: none."},
     )
     router_interval: int = field(
-        default=1, metadata={"help": "The router learns in every so many steps, 1 or above; it always routes."}
+        default=4, metadata={"help": "The router learns in every so many steps, 1 or above; it always routes."}
     )
     router_until: float = field(
         default=1.0, metadata={"help": "Share of the steps in which the router learns, above 0 up to 1."}

@@ -292,6 +292,7 @@ def arguments(output_dir, **changes) -> DistillationArguments:
         "gradient_accumulation_steps": 1,
         "learning_rate": 1e-2,
         "router_learning_rate": 2e-2,
+        "router_interval": 1,
         "feature_weight": 0.1,
         "attention_weight": 0.1,
         "layerwise_weight": 0.05,
