@@ -306,14 +306,16 @@ class DistillationTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            save_modules(folder, self.distillation_model, self.processing_class, state_dict)
+            model, order = self.distillation_model, self.args.data_curriculum
+            save_modules(folder, model, self.processing_class, state_dict, data_curriculum=order)
             torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_modules(Path(resume_from_checkpoint), self.accelerator.unwrap_model(model or self.model))
+        unwrapped = self.accelerator.unwrap_model(model or self.model)
+        load_modules(Path(resume_from_checkpoint), unwrapped, data_curriculum=self.args.data_curriculum)
 
     def _load_best_model(self) -> None:
-        load_modules(Path(self.state.best_model_checkpoint), self.distillation_model)
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     # The Hub
 
