@@ -168,6 +168,11 @@ def test_a_resumed_run_reads_on_in_the_same_order(tmp_path, accumulation):
     assert len(resumed) < len(whole) and whole[-len(resumed) :] == resumed
 
 
+def test_the_curriculum_counts_the_windows_of_all_micro_batches_of_a_step(tmp_path):
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    assert tiny_trainer(tmp_path, data_curriculum="length", **sizes)._get_train_sampler().windows_per_step == 6
+
+
 def stream():
     return IterableDataset.from_generator(lambda: iter({"text": text} for text in TEXTS))
 
