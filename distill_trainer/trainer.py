@@ -122,7 +122,7 @@ class DistillationTrainer(Trainer):
 
     def _prepared(self, dataset, name: str, args: DistillationArguments):
         """The dataset with token and anchor columns, made from its text if it has only that."""
-        if dataset is None or "input_ids" in (dataset.column_names or next(iter(dataset))):
+        if dataset is None or "input_ids" in (dataset.column_names or next(iter(dataset), ())):
             return dataset
         dataset, self.data_statistics[name] = prepare_dataset(
             dataset,
@@ -236,7 +236,7 @@ class DistillationTrainer(Trainer):
         args = self.args
         if args.data_curriculum == "none":
             return super()._get_train_sampler(train_dataset)
-        difficulties = torch.tensor(self.train_dataset[args.data_curriculum][:])
+        difficulties = torch.tensor(self.train_dataset.with_format(None)[args.data_curriculum][:])
         windows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
         return CurriculumSampler(difficulties, lambda: self.state, windows_per_step=windows_per_step, seed=seed)
