@@ -13,7 +13,7 @@ from distill_trainer.errors import ConfigurationError
 from distill_trainer.evaluation_arguments import EvaluationArguments
 from distill_trainer.router import ROUTER_PARTS
 from distill_trainer.schedules import DATA_CURRICULA, LOSS_NAMES, phase, phase_weights
-from distill_trainer.validation import check_choice, check_number, check_writable
+from distill_trainer.validation import check_choice, check_flags, check_number, check_writable, is_number
 
 
 @dataclass
@@ -242,6 +242,7 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_flags(self)
         super().__post_init__()
         if self.layer_map == ["uniform"]:
             self.layer_map = "uniform"
@@ -292,7 +293,7 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
 
     def _check_weights(self) -> None:
         for name in (f"{name}_weight" for name in LOSS_NAMES):
-            if getattr(self, name) is not None:
+            if name != "lm_weight" or self.lm_weight is not None:
                 check_number(name, getattr(self, name), least=0)
         if self.lm_weight is None and self.kl_weight > 1:
             raise ConfigurationError(
@@ -306,9 +307,8 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
     def check_numbers(self) -> None:
         for name in ("temperature", "final_temperature", "router_temperature", "final_router_temperature"):
             check_number(name, getattr(self, name), above=0)
-        for name in ("router_student_weight", "router_anchor_weight", "router_balance_weight"):
-            check_number(name, getattr(self, name), least=0)
-        for name in ("learning_rate", "router_learning_rate"):
+        weights = "router_student_weight", "router_anchor_weight", "router_balance_weight"
+        for name in (*weights, "learning_rate", "router_learning_rate"):
             check_number(name, getattr(self, name), least=0)
         for name in ("dataloader_num_workers", "seed", "expert_sampling"):
             check_number(name, getattr(self, name), least=0, whole=True)
@@ -318,19 +318,20 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
             check_number(name, getattr(self, name), least=1, whole=True)
         check_number("max_length", self.max_length, least=2, whole=True)
         check_number("num_train_epochs", self.num_train_epochs, above=0)
-        if not 0 <= self.lora_dropout < 1:
+        if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ConfigurationError(f"lora_dropout must be from 0 to below 1, got {self.lora_dropout}.")
         bounds = self.phase_boundaries
-        if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] <= 1:
+        two = isinstance(bounds, list | tuple) and len(bounds) == 2 and all(map(is_number, bounds))
+        if not two or not 0 <= bounds[0] <= bounds[1] <= 1:
             raise ConfigurationError(f"phase_boundaries must be two rising values from 0 to 1, got {bounds}.")
-        weights = self.loss_weights()
-        if not any(phase_weights(weights, phase(0.0, bounds)).values()):
-            names = ", ".join(name for name, weight in weights.items() if weight)
+        losses = self.loss_weights()
+        if not any(phase_weights(losses, phase(0.0, bounds)).values()):
+            names = ", ".join(name for name, weight in losses.items() if weight)
             raise ConfigurationError(
                 f"phase_boundaries must let a loss train from the start, got {bounds} with {names} alone. Set 0 0."
             )
-        at_the_end = phase_weights(weights, phase(math.nextafter(1.0, 0.0), bounds))
-        if never := [name for name, weight in weights.items() if weight and not at_the_end[name]]:
+        at_the_end = phase_weights(losses, phase(math.nextafter(1.0, 0.0), bounds))
+        if never := [name for name, weight in losses.items() if weight and not at_the_end[name]]:
             raise ConfigurationError(
                 f"phase_boundaries must be below 1 for {' and '.join(never)} to train at all, got {bounds}."
             )
@@ -342,7 +343,7 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
         if isinstance(layers, list) and len(layers) == 1 and not layers[0].isdigit():
             layers = self.router_layers = layers[0]
         named = isinstance(layers, list) and layers and all(re.fullmatch(r"\d+", layer) for layer in layers)
-        named = named and len(set(layers)) == len(layers)
+        named = named and len(set(map(int, layers))) == len(layers)
         if not named and not (isinstance(layers, str) and re.fullmatch(r"last|all|last:[1-9]\d*", layers)):
             raise ConfigurationError(
                 f"router_layers must be last, last:N, all, or different layer numbers as in 1 3, got {layers}."
@@ -377,18 +378,23 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
             raise ConfigurationError(
                 f"kl_direction must be forward with kl_method uld, got {self.kl_direction}: it has no direction."
             )
-        check_number("kl_top_k", self.kl_top_k, least=1)
+        check_number("kl_top_k", self.kl_top_k, least=1, whole=True)
         if self.logit_chunk_mb is not None:
             check_number("logit_chunk_mb", self.logit_chunk_mb, above=0)
 
     def _check_layers(self) -> None:
         for name in ("feature_layers", "attention_layers"):
             layers = getattr(self, name)
-            if layers is not None and (not layers or min(layers) < 0 or len(set(layers)) < len(layers)):
+            if layers is not None and not (
+                isinstance(layers, list | tuple)
+                and all(is_number(layer, whole=True) and layer >= 0 for layer in layers)
+                and 0 < len(layers) == len(set(layers))
+            ):
                 raise ConfigurationError(f"{name} must be different layer numbers, 0 or above, got {layers}.")
         if self.layer_map != "uniform":
             pairs = self.layer_map if isinstance(self.layer_map, list) else []
-            if not all(re.fullmatch(r"\d+:\d+", pair) for pair in pairs) or not 0 < len(pairs) == len(set(pairs)):
+            found = [re.fullmatch(r"(\d+):(\d+)", str(pair)) for pair in pairs]
+            if not all(found) or not 0 < len(found) == len({tuple(map(int, pair.groups())) for pair in found if pair}):
                 raise ConfigurationError(
                     f"layer_map must be uniform or different pairs as 2:5 3:8, got {self.layer_map}."
                 )

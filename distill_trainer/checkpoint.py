@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -19,10 +20,17 @@ MODULES_FILE = "distillation_modules.safetensors"
 STATE_FILE = "trainer_state.json"
 # What torch.save wrote: each is a zip archive, whose directory stands at its end.
 ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+# Settings of checkpoints that do not name them.
+UNNAMED_SETTINGS = {"layers": "", "loss_balancing": "none", "data_curriculum": "none"}
 
 
 def save_modules(
-    folder: Path, model: DistillationModel, tokenizer: PreTrainedTokenizerBase, state: dict[str, Tensor] | None = None
+    folder: Path,
+    model: DistillationModel,
+    tokenizer: PreTrainedTokenizerBase,
+    state: dict[str, Tensor] | None = None,
+    *,
+    data_curriculum: str = "none",
 ) -> None:
     """Write the student with its tokenizer, and the router and projections beside it.
 
@@ -34,6 +42,7 @@ def save_modules(
         model: What trains.
         tokenizer: The student's.
         state: The whole state of `model`, gathered by the caller where it is sharded. None reads it from `model`.
+        data_curriculum: The setting of this name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict() if state is None else state
@@ -42,7 +51,7 @@ def save_modules(
         student, weights = copy.deepcopy(student).merge_and_unload(), None
     student.save_pretrained(folder, state_dict=weights)
     extras = {name: value.contiguous().cpu() for name, value in state.items() if not name.startswith(STUDENT_PREFIX)}
-    save_file(extras, folder / MODULES_FILE, metadata={"format": "pt"} | _settings(model))
+    save_file(extras, folder / MODULES_FILE, metadata={"format": "pt"} | _settings(model, data_curriculum))
     tokenizer.save_pretrained(folder)
 
 
@@ -63,8 +72,13 @@ def check_checkpoint(folder: Path) -> None:
         raise CheckpointError(f"The checkpoint {folder} is damaged: {' and '.join(damaged)}. Resume an earlier one.")
 
 
-def load_modules(folder: Path, model: DistillationModel) -> None:
+def load_modules(folder: Path, model: DistillationModel, *, data_curriculum: str = "none") -> None:
     """Load what `save_modules` wrote into a checkpoint folder, in place.
+
+    Args:
+        folder: The checkpoint.
+        model: What is loaded into.
+        data_curriculum: The setting of this name, as the checkpoint must have been written with.
 
     Raises:
         CheckpointError: If files are missing, damaged, or of a run with other models or losses.
@@ -78,12 +92,13 @@ def load_modules(folder: Path, model: DistillationModel) -> None:
     try:
         extras, expected = load_file(folder / MODULES_FILE), model.extra_state_dict()
         with safe_open(folder / MODULES_FILE, framework="pt") as file:
-            metadata = {"loss_balancing": "none"} | (file.metadata() or {})
+            metadata = UNNAMED_SETTINGS | (file.metadata() or {})
         same_shapes = {n: v.shape for n, v in extras.items()} == {n: v.shape for n, v in expected.items()}
-        if not same_shapes or not _settings(model).items() <= metadata.items():
+        if not same_shapes or not _settings(model, data_curriculum).items() <= metadata.items():
             raise CheckpointError(
                 f"{folder} was written by a run with another teacher, student, set of losses, use_router, "
-                "router_layers, router_parts or loss_balancing. Resume it with the settings that it was started with."
+                "router_layers, router_parts, layer_map, feature_layers, attention_layers, loss_balancing or "
+                "data_curriculum. Resume it with the settings that it was started with."
             )
         if adapted:
             model.student.load_adapter(str(folder), model.student.active_adapter, is_trainable=True)
@@ -102,9 +117,12 @@ def _student_part(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(STUDENT_PREFIX): v for n, v in state.items() if n.startswith(STUDENT_PREFIX)}
 
 
-def _settings(model: DistillationModel) -> dict[str, str]:
-    """What shapes do not tell apart: parts of the router with inputs of one size, and ways to measure the losses."""
+def _settings(model: DistillationModel, data_curriculum: str) -> dict[str, str]:
+    """What shapes do not tell apart: inputs of the router, layers of the projections, ways to measure and to order."""
+    pairs = [f"{loss}={a}:{b}" for loss, layers in asdict(model.pairs).items() for a, b in layers]
     return {
         "router_parts": "" if model.routing is None else " ".join(model.routing.parts),
+        "layers": " ".join(pairs),
         "loss_balancing": "none" if model.balance is None else model.balance.method,
+        "data_curriculum": data_curriculum,
     }

@@ -12,12 +12,13 @@ from transformers import TrainerState
 from transformers.utils import logging
 
 from distill_trainer.data import DistillationCollator
-from distill_trainer.errors import ConfigurationError, UnsupportedModelError
+from distill_trainer.errors import ConfigurationError, DataError, UnsupportedModelError
 from distill_trainer.logit_loss import LogitSettings
 from distill_trainer.logit_pass import LogitPass
 from distill_trainer.schedules import DATA_CURRICULA, competence
 from distill_trainer.taps import run_trunk
 from distill_trainer.teacher import Teacher
+from distill_trainer.validation import is_number
 
 logger = logging.get_logger(__name__)
 
@@ -83,6 +84,7 @@ def check_curriculum(
 
     Raises:
         ConfigurationError: If they are a stream, or nobody is there to say how difficult they are.
+        DataError: If the windows' own column does not say it.
     """
     if curriculum == "none" or dataset is None:
         return
@@ -90,13 +92,19 @@ def check_curriculum(
         raise ConfigurationError(
             f"data_curriculum must be none with streaming, got {curriculum}. All windows must be known beforehand."
         )
-    if curriculum == TEACHER_LOSS and teacher is None and TEACHER_LOSS not in dataset.column_names:
+    # Columns of documents do not outlive the cut into windows.
+    is_cut = "input_ids" in dataset.column_names
+    given = is_cut and curriculum in dataset.column_names
+    if curriculum == TEACHER_LOSS and teacher is None and not given:
         raise ConfigurationError(
             f"data_curriculum must be none or length without a teacher, got {curriculum}. "
             "Or give the training windows a column teacher_loss."
         )
-    if curriculum == LENGTH and "input_ids" in dataset.column_names and LENGTH not in dataset.column_names:
+    if curriculum == LENGTH and is_cut and not given:
         raise ConfigurationError("data_curriculum length needs the column length of prepare_dataset, got none.")
+    for row, value in enumerate(dataset.with_format(None)[curriculum] if given else ()):
+        if not is_number(value):
+            raise DataError(f"The column {curriculum} must hold finite numbers, got {value!r} in row {row}.")
     if curriculum == TEACHER_LOSS and teacher is not None and gap_schedule:
         logger.warning(
             "With data_curriculum teacher_loss the gap to the teacher starts on the easiest windows, so that their "

@@ -67,6 +67,8 @@ def prepare_dataset(
     if isinstance(documents, IterableDataset):
         windows = documents.map(cut, **options)
         return windows.filter(lambda row: not row["dropped"]).remove_columns(["dropped", "document_bytes"]), None
+    if not len(documents):
+        raise DataError("The dataset must hold documents, got none.")
     # The library's own fingerprint of a tokenizer changes when it has been used, and would miss the cache.
     key = [documents._fingerprint, str(max_length), _identity(student_tokenizer), _identity(teacher_tokenizer)]
     fingerprint = hashlib.sha1("\n".join(key).encode()).hexdigest()[:16]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from distill_trainer.errors import ConfigurationError
-from distill_trainer.validation import check_choice, check_number
+from distill_trainer.validation import check_choice, check_flags, check_number
 
 
 @dataclass
@@ -31,6 +31,7 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        check_flags(self)
         check_choice("teacher_dtype", self.teacher_dtype, ("float32", "float16", "bfloat16", "auto"))
         check_choice("student_init", self.student_init, ("pretrained", "random"))
 
@@ -64,6 +65,7 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        check_flags(self)
         if not self.datasets or not all(name.strip() for name in self.datasets):
             raise ConfigurationError(f"datasets must name at least one dataset, got {self.datasets}.")
         if self.dataset_weights is not None:

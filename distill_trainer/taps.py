@@ -235,7 +235,7 @@ def check_attention(model: PreTrainedModel) -> None:
     try:
         layers = tuple(range(model.config.num_hidden_layers))
         tapped = run_trunk(model, input_ids, mask, attention_layers=layers).last_hidden_state.float()
-    except ValueError:  # from transformers, for a soft cap
+    except (AttributeError, ValueError):  # from transformers, for MPT, which needs a mask, and for a soft cap
         tapped = torch.full_like(plain, torch.inf)
     model.train(training)
     if not plain.isfinite().all():

@@ -122,7 +122,7 @@ class DistillationTrainer(Trainer):
 
     def _prepared(self, dataset, name: str, args: DistillationArguments):
         """The dataset with token and anchor columns, made from its text if it has only that."""
-        if dataset is None or "input_ids" in (dataset.column_names or next(iter(dataset))):
+        if dataset is None or "input_ids" in (dataset.column_names or next(iter(dataset), ())):
             return dataset
         dataset, self.data_statistics[name] = prepare_dataset(
             dataset,
@@ -236,7 +236,7 @@ class DistillationTrainer(Trainer):
         args = self.args
         if args.data_curriculum == "none":
             return super()._get_train_sampler(train_dataset)
-        difficulties = torch.tensor(self.train_dataset[args.data_curriculum][:])
+        difficulties = torch.tensor(self.train_dataset.with_format(None)[args.data_curriculum][:])
         windows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
         return CurriculumSampler(difficulties, lambda: self.state, windows_per_step=windows_per_step, seed=seed)
@@ -306,14 +306,16 @@ class DistillationTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            save_modules(folder, self.distillation_model, self.processing_class, state_dict)
+            model, order = self.distillation_model, self.args.data_curriculum
+            save_modules(folder, model, self.processing_class, state_dict, data_curriculum=order)
             torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_modules(Path(resume_from_checkpoint), self.accelerator.unwrap_model(model or self.model))
+        unwrapped = self.accelerator.unwrap_model(model or self.model)
+        load_modules(Path(resume_from_checkpoint), unwrapped, data_curriculum=self.args.data_curriculum)
 
     def _load_best_model(self) -> None:
-        load_modules(Path(self.state.best_model_checkpoint), self.distillation_model)
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     # The Hub
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import os
 import re
 
@@ -259,12 +260,37 @@ def test_a_wrong_value_is_one_line_that_names_field_and_value(flags, field, valu
         ({"router_until": None}, "router_until must be above 0, got None"),
         ({"initial_top_k": "2"}, "initial_top_k must be 1 or above, got 2"),
         ({"final_top_k": True}, "final_top_k must be 1 or above, got True"),
+        ({"kl_top_k": 1.5}, "kl_top_k must be a whole number, 1 or above, got 1.5"),
+        ({"feature_weight": None}, "feature_weight must be 0 or above, got None"),
+        ({"lora_dropout": "0.1"}, "lora_dropout must be from 0 to below 1, got 0.1"),
+        ({"gap_schedule": "false"}, "gap_schedule must be True or False, got 'false'"),
+        ({"push_to_hub": "no"}, "push_to_hub must be True or False, got 'no'"),
+        ({"greater_is_better": "no"}, "greater_is_better must be True or False, got 'no'"),
+        *[
+            ({"feature_layers": value}, f"feature_layers must be different layer numbers, 0 or above, got {value}.")
+            for value in (3, ["1"], [1.5], [True], [])
+        ],
+        *[
+            ({"phase_boundaries": value}, f"phase_boundaries must be two rising values from 0 to 1, got {value}.")
+            for value in (None, 0.3, ["0", "1"], [False, True], [0.1, math.nan])
+        ],
+        *[
+            ({"layer_map": value}, f"layer_map must be uniform or different pairs as 2:5 3:8, got {value}.")
+            for value in ([(0, 0)], [3], None, ["0:1", "00:1"], [])
+        ],
+        ({"router_layers": ["1", "01"]}, "or different layer numbers as in 1 3, got ['1', '01']"),
     ],
     ids=str,
 )
 def test_a_wrong_type_from_python_is_named_too(tmp_path, changes, rule):
     with pytest.raises(ConfigurationError, match=re.escape(rule)):
         DistillationArguments(str(tmp_path), use_cpu=True, **changes)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(ModelArguments, "trust_remote_code"), (DataArguments, "streaming")])
+def test_a_text_is_no_yes_or_no(kind, name):
+    with pytest.raises(ConfigurationError, match=f"{name} must be True or False, got 'false'"):
+        kind(**{name: "false"})
 
 
 @pytest.mark.parametrize("layers", [1, "1", ["1"], [1]])

@@ -27,6 +27,26 @@ def test_a_tiny_run_prints_every_part_beside_the_floor(bench, monkeypatch, capsy
     assert lines[-1].endswith("budget 1.15")
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--device cuda", "--device must be cpu where torch finds no GPU, got cuda."),
+        ("--batch_size 0", "--batch_size must be 1 or above, got 0."),
+        ("--tokens 0", "--tokens must be 2 or above, got 0."),
+        ("--tokens -3", "--tokens must be 2 or above, got -3."),
+        ("--repeats 0", "--repeats must be 1 or above, got 0."),
+        ("--logit_chunk_mb -1", "--logit_chunk_mb must be above 0, got -1.0."),
+        ("--logit_chunk_mb nan", "--logit_chunk_mb must be above 0, got nan."),
+    ],
+)
+def test_an_option_that_cannot_work_is_one_line(bench, monkeypatch, capsys, flags, said):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["bench_step.py", "--tiny", *flags.split()])
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code == 2 and capsys.readouterr().err.endswith(f"error: {said}\n")
+
+
 @pytest.mark.parametrize("part", ["feature", "layerwise", "contrastive"])
 def test_a_step_without_a_part_leaves_its_projections_alone(bench, part):
     step = bench.Step(bench.TINY, 1, 30, "cpu")

@@ -158,6 +158,40 @@ def test_sizes_of_one_kind_are_not_taken_for_those_of_the_other(tmp_path):
         load_modules(tmp_path / "checkpoint-2", other.distillation_model)
 
 
+LAYERS = {
+    "layer_map": ["0:0", "1:2"],
+    "feature_layers": [0, 2],
+    "attention_layers": [1, 2],
+    "data_curriculum": "teacher_loss",
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layer_map": ["0:2", "1:0"]},
+        {"feature_layers": [0, 1]},
+        {"attention_layers": [0, 2]},
+        {"data_curriculum": "length"},
+        {"data_curriculum": "none"},
+    ],
+    ids=str,
+)
+def test_projections_serve_the_layers_that_they_learned_and_the_windows_keep_their_order(tmp_path, changes):
+    trained(tmp_path, **LAYERS)
+    checkpoint = str(tmp_path / "checkpoint-2")
+    with pytest.raises(CheckpointError, match=next(iter(changes))) as error:
+        tiny_trainer(tmp_path / "other", **(LAYERS | changes)).train(resume_from_checkpoint=checkpoint)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_of_other_layers_may_differ_in_those_that_no_loss_compares(tmp_path):
+    unused = {"feature_weight": 0.0, "attention_weight": 0.0, "layerwise_weight": 0.0}
+    trained(tmp_path, **unused)
+    other = tiny_trainer(tmp_path / "other", feature_layers=[0], attention_layers=[0], layer_map=["0:0"], **unused)
+    load_modules(tmp_path / "checkpoint-2", other.distillation_model)
+
+
 def test_another_students_weights_are_an_error(tmp_path):
     trained(tmp_path)
     other = tiny_trainer(tmp_path / "other", student=tiny_llama(intermediate_size=96))

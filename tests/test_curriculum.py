@@ -1,5 +1,6 @@
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import TrainerState
 from distill_trainer.baseline import run_baseline
 from distill_trainer.curriculum import TEACHER_LOSS, CurriculumSampler, with_teacher_losses
 from distill_trainer.data import DistillationCollator
-from distill_trainer.errors import ConfigurationError, UnsupportedModelError
+from distill_trainer.errors import ConfigurationError, DataError, UnsupportedModelError
 from distill_trainer.schedules import LOSS_NAMES, competence
 from distill_trainer.trainer import DistillationTrainer
 
@@ -168,14 +169,19 @@ def test_a_resumed_run_reads_on_in_the_same_order(tmp_path, accumulation):
     assert len(resumed) < len(whole) and whole[-len(resumed) :] == resumed
 
 
+def test_the_curriculum_counts_the_windows_of_all_micro_batches_of_a_step(tmp_path):
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    assert tiny_trainer(tmp_path, data_curriculum="length", **sizes)._get_train_sampler().windows_per_step == 6
+
+
 def stream():
     return IterableDataset.from_generator(lambda: iter({"text": text} for text in TEXTS))
 
 
-def trainer_over(tmp_path, dataset, **changes):
+def trainer_over(tmp_path, dataset, *, has_teacher=True, **changes):
     return DistillationTrainer(
         tiny_llama(),
-        changes.pop("teacher", None) or tiny_moe(),
+        tiny_moe() if has_teacher else None,
         arguments(tmp_path, **changes),
         train_dataset=dataset,
         processing_class=tokenizer("student"),
@@ -203,6 +209,20 @@ def test_the_order_by_the_teachers_loss_is_said_to_move_the_gap(tmp_path, caplog
     assert sum("Set gap_schedule to false" in record.getMessage() for record in caplog.records) == lines
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, "easy", [1.0]])
+def test_a_given_difficulty_that_is_no_number_is_an_error(tmp_path, value):
+    column = [value] * len(windows()) if isinstance(value, str | list) else [1.0, value, *[2.0] * (len(windows()) - 2)]
+    said = re.escape(f"The column teacher_loss must hold finite numbers, got {value!r} in row ")
+    with pytest.raises(DataError, match=said):
+        trainer_over(tmp_path, windows().add_column(TEACHER_LOSS, column), data_curriculum="teacher_loss")
+
+
+def test_a_given_difficulty_may_come_as_tensors(tmp_path):
+    given = windows().add_column(TEACHER_LOSS, list(range(len(windows())))).with_format("torch")
+    trainer = trainer_over(tmp_path, given, data_curriculum="teacher_loss")
+    assert trainer._get_train_sampler().difficulties.tolist() == list(range(len(windows())))
+
+
 def test_texts_can_be_ordered_too(tmp_path):
     trainer = trainer_over(tmp_path, Dataset.from_dict({"text": TEXTS}), data_curriculum="teacher_loss", max_steps=1)
     trainer.train()
@@ -213,3 +233,6 @@ def test_without_a_teacher_nobody_knows_what_it_finds_easy(tmp_path):
     alone = {f"{name}_weight": 0.0 for name in LOSS_NAMES if name != "lm"}
     with pytest.raises(ConfigurationError, match="data_curriculum must be none or length without a teacher"):
         tiny_trainer(tmp_path, teacher=None, data_curriculum="teacher_loss", **alone)
+    documents = Dataset.from_dict({"text": TEXTS, TEACHER_LOSS: [1.0] * len(TEXTS)})
+    with pytest.raises(ConfigurationError, match="data_curriculum must be none or length without a teacher"):
+        trainer_over(tmp_path, documents, has_teacher=False, data_curriculum="teacher_loss", **alone)

@@ -23,9 +23,12 @@ from builders import (
     tokenizer,
     weights_of,
 )
+from transformers import MistralConfig, MistralForCausalLM
 
 from distill_trainer.alignment import VocabularyProjection
 from distill_trainer.anchors import IGNORE_INDEX, Anchors
+from distill_trainer.losses.attention import MASS_FLOOR
+from distill_trainer.losses.contrastive import MAX_ANCHORS
 from distill_trainer.router import routing_objective
 from distill_trainer.schedules import LOGIT_LOSSES, LOSS_NAMES
 from distill_trainer.teacher import Teacher
@@ -218,11 +221,36 @@ def spans_by_brute_force(model, batch, side, layer):
     return spans
 
 
+def attention_kl_by_brute_force(student, teacher, batch, layer):
+    """Mean over the anchors of the KL between the spans of both models; a span beyond a window has the least mass."""
+    ours, theirs = (
+        spans_by_brute_force(model, batch, side, layer) for model, side in ((student, "student"), (teacher, "teacher"))
+    )
+    terms = []
+    for row, anchor in Anchors.of(batch).mask.nonzero().tolist():
+        s, t = (torch.stack(spans[row][anchor]).clamp(min=MASS_FLOOR) for spans in (ours, theirs))
+        terms.append((t * (t.log() - s.log())).sum())
+    return torch.stack(terms).mean()
+
+
+def with_window(model, size):
+    """The same weights in a model that sees only the last `size` tokens."""
+    config = MistralConfig(**(model.config.to_diff_dict() | {"model_type": "mistral", "sliding_window": size}))
+    windowed = MistralForCausalLM(config)
+    windowed.load_state_dict(model.state_dict())
+    return windowed
+
+
+@pytest.mark.parametrize("windows", [(None, None), (3, None), (None, 3)])
 @pytest.mark.parametrize("sides", [("student", "teacher"), ("teacher", "student")])
-def test_the_attention_loss_is_the_kl_over_spans_of_text_that_two_tokenizers_cut(sides):
+def test_the_attention_loss_is_the_kl_over_spans_of_text_that_two_tokenizers_cut(sides, windows):
     rows = {"student": STUDENT_ROWS, "teacher": TEACHER_ROWS}
     student = tiny_llama(initializer_range=0.2, vocab_size=rows[sides[0]])
     big = tiny_llama(seed=3, initializer_range=0.3, vocab_size=rows[sides[1]], num_key_value_heads=1)
+    student, big = (
+        model if size is None else with_window(model, size)
+        for model, size in zip((student, big), windows, strict=True)
+    )
     mapping = VocabularyProjection.from_tokenizers(
         tokenizer(sides[1]), tokenizer(sides[0]), rows[sides[1]], rows[sides[0]]
     )
@@ -230,13 +258,8 @@ def test_the_attention_loss_is_the_kl_over_spans_of_text_that_two_tokenizers_cut
     batch = collated(sides=sides)
     assert not torch.equal(batch["student_positions"], batch["teacher_positions"])
     found = run(distillation_model(teacher, student), teacher, batch, frozenset({"attention"}))["losses"]["attention"]
-    ours, theirs = spans_by_brute_force(student, batch, "student", 1), spans_by_brute_force(big, batch, "teacher", 1)
-    counted = Anchors.of(batch).mask
-    terms = [
-        sum(t * (t.log() - s.log()) for s, t in zip(ours[row][anchor], theirs[row][anchor], strict=True))
-        for row, anchor in counted.nonzero().tolist()
-    ]
-    torch.testing.assert_close(found.double(), torch.stack(terms).mean(), atol=1e-6, rtol=1e-4)
+    expected = attention_kl_by_brute_force(student, big, batch, layer=1)
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-4)
     assert found > 0.01
 
 
@@ -343,7 +366,9 @@ def test_micro_batches_add_up_to_the_whole_batch_in_losses_and_gradients():
             torch.testing.assert_close(split[name], value, atol=1e-5, rtol=1e-3)
 
 
-def test_batch_level_terms_count_by_their_micro_batchs_share_of_the_anchors():
+@pytest.mark.parametrize("compared", [MAX_ANCHORS, 7])
+def test_batch_level_terms_count_by_their_micro_batchs_share_of_the_anchors(monkeypatch, compared):
+    monkeypatch.setattr("distill_trainer.modeling.anchors_per_rank", lambda: compared)
     teacher = tiny_teacher()
     model = distillation_model(teacher)
     batch = collated()

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from accelerate import Accelerator
 from transformers import TrainerControl, TrainerState
 
 from distill_trainer.errors import NonFiniteLossError
-from distill_trainer.router import KnowledgeGap
+from distill_trainer.router import GAP_WARMUP_STEPS, KnowledgeGap
 from distill_trainer.step_record import StepCallback, StepRecord
 
 
@@ -122,6 +123,17 @@ def test_a_broken_step_loses_its_gradients_and_a_sound_one_keeps_them(record):
 def test_the_gap_is_measured_on_text_that_the_student_reads_for_the_first_time(record):
     _, gap = steps(record, [3.0, 2.0, 1.0, 0.5], limit=2, epoch_steps=3)
     assert int(gap.steps) == 3 and float(gap.running) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(("count", "lines"), [(GAP_WARMUP_STEPS, 1), (GAP_WARMUP_STEPS + 1, 0)])
+def test_a_first_pass_is_too_short_until_the_gap_ratio_can_move(record, caplog, count, lines):
+    gap = KnowledgeGap()
+    for _ in range(count):
+        gap.update(torch.tensor(1.0))
+    gap.running.fill_(0.5)
+    args = SimpleNamespace(gap_schedule=True, use_router=False)
+    StepCallback(record, gap, max_nonfinite_steps=2).on_epoch_end(args, TrainerState(epoch=1.0), TrainerControl())
+    assert len(caplog.records) == lines == int(gap.ratio() == 1)
 
 
 def test_the_limit_counts_steps_in_a_row(record):

@@ -12,6 +12,8 @@ from transformers import (
     GraniteForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -222,6 +224,13 @@ def test_attention_that_is_more_than_scaled_dot_products_is_told(soft_cap):
     else:
         with pytest.raises(UnsupportedModelError, match="attention of Gemma2ForCausalLM .* Set attention_weight to 0"):
             check_attention(model)
+    assert model.training
+
+
+def test_a_model_that_cannot_do_without_its_own_mask_is_told():
+    model = MptForCausalLM(MptConfig(d_model=16, n_heads=2, n_layers=2, max_seq_len=16, vocab_size=64)).train()
+    with pytest.raises(UnsupportedModelError, match="attention of MptForCausalLM .* Set attention_weight to 0"):
+        check_attention(model)
     assert model.training
 
 

@@ -22,7 +22,7 @@ from datasets import Dataset
 from test_moe import tiny_jetmoe
 from transformers import TrainerCallback
 
-from distill_trainer.errors import ConfigurationError, UnsupportedModelError
+from distill_trainer.errors import ConfigurationError, DataError, UnsupportedModelError
 from distill_trainer.router import GAP_WARMUP_STEPS
 from distill_trainer.schedules import LOSS_NAMES
 from distill_trainer.trainer import DistillationTrainer
@@ -425,6 +425,19 @@ def test_plain_text_is_prepared_by_the_trainer(tmp_path):
     assert trainer.train_dataset["input_ids"] == windows()["input_ids"]
     assert trainer.data_statistics["train"]["documents"] == len(TEXTS)
     assert math.isfinite(trainer.evaluate()["eval_bits_per_byte"])
+
+
+@pytest.mark.parametrize("columns", [{"text": []}, {}])
+def test_a_dataset_without_documents_is_an_error(tmp_path, columns):
+    with pytest.raises(DataError, match=r"^The dataset must hold documents, got none\.$"):
+        DistillationTrainer(
+            tiny_llama(),
+            tiny_moe(),
+            arguments(tmp_path),
+            train_dataset=Dataset.from_dict(columns),
+            processing_class=tokenizer("student"),
+            teacher_processing_class=tokenizer("teacher"),
+        )
 
 
 def test_a_model_without_a_name_needs_its_tokenizer(tmp_path):

@@ -250,7 +250,7 @@ def operators(step: Step) -> str:
     return profiled.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=40)
 
 
-def main() -> None:
+def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch_size", type=int, help="Rows; 1 on a CPU and 4 on a GPU by default.")
@@ -260,10 +260,23 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="Models of a few thousand weights, to see that it runs.")
     parser.add_argument("--operators", action="store_true", help="Also list the operators of a whole step by time.")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device must be cpu where torch finds no GPU, got cuda.")
+    for name, least, on_cpu, on_gpu in (("batch_size", 1, 1, 4), ("tokens", 2, 256, 512), ("repeats", 1, 3, 10)):
+        if getattr(options, name) is None:
+            setattr(options, name, on_gpu if options.device == "cuda" else on_cpu)
+        if getattr(options, name) < least:
+            parser.error(f"--{name} must be {least} or above, got {getattr(options, name)}.")
+    if options.logit_chunk_mb is not None and not 0 < options.logit_chunk_mb < float("inf"):
+        parser.error(f"--logit_chunk_mb must be above 0, got {options.logit_chunk_mb}.")
+    return options
+
+
+def main() -> None:
+    options = read_options()
     logging.set_verbosity_error()
+    batch_size, tokens, repeats = options.batch_size, options.tokens, options.repeats
     on_gpu = options.device == "cuda"
-    batch_size, tokens = options.batch_size or (4 if on_gpu else 1), options.tokens or (512 if on_gpu else 256)
-    repeats = options.repeats or (10 if on_gpu else 3)
     step = Step(TINY if options.tiny else Shapes(), batch_size, tokens, options.device, options.logit_chunk_mb)
     calls = dict(rows(step))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.device}")

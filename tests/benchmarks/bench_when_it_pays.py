@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from ablation import BEST, run
+from saving import CONFIG, save_whole
 from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging
 
@@ -42,15 +43,14 @@ def make_weak_teacher() -> None:
     teacher = dense_teacher(len(tokenizer))
     windows = token_windows(tokenizer, load_sotu("teacher")[::4])
     train_language_model(teacher, windows, epochs=1, learning_rate=3e-3)
-    tokenizer.save_pretrained(WEAK)
-    teacher.to(torch.float16).save_pretrained(WEAK)
+    save_whole(WEAK, teacher.to(torch.float16), tokenizer)
 
 
 def main() -> int:
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
         return 0
-    if not (WEAK / "config.json").is_file():
+    if not (WEAK / CONFIG).is_file():
         logging.set_verbosity_warning()
         make_weak_teacher()
     for case, settings in CASES.items():

