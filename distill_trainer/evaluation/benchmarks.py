@@ -7,6 +7,7 @@ import copy
 import difflib
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def benchmark_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     for task, scores in first["results"].items():
         for key, value in scores.items():
             metric, _, name = key.partition(",")
-            if not name or metric.endswith("_stderr") or not isinstance(value, int | float):
+            if not name or metric.endswith("_stderr") or _plain(value) is None:
                 continue
             rows.append(
                 {
@@ -138,6 +139,12 @@ def benchmark_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _score(scores: dict[str, Any], metric: str, name: str) -> dict[str, float | None]:
-    stderr = scores.get(f"{metric}_stderr,{name}")
-    # The harness writes N/A where it knows none.
-    return {"value": scores[f"{metric},{name}"], "stderr": stderr if isinstance(stderr, int | float) else None}
+    # The standard error is N/A where the harness knows none.
+    return {"value": _plain(scores[f"{metric},{name}"]), "stderr": _plain(scores.get(f"{metric}_stderr,{name}"))}
+
+
+def _plain(value: Any) -> float | int | None:
+    """A number of any library as Python's own, since a scalar of numpy cannot go into a model card; else None."""
+    if not isinstance(value, Real):
+        return None
+    return int(value) if isinstance(value, Integral) else float(value)

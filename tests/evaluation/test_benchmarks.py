@@ -3,6 +3,7 @@ import json
 import math
 from importlib.metadata import PackageNotFoundError
 
+import numpy as np
 import pytest
 import torch
 from builders import ASSETS, tiny_llama, tokenizer
@@ -109,6 +110,13 @@ def test_a_row_holds_one_metric_of_one_task_with_the_scores_of_all_students():
             },
         },
     ]
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.int64])
+def test_a_score_of_numpy_becomes_a_plain_number(kind):
+    (row, _) = benchmark_rows({"student": results(kind(1), kind(0))})
+    assert row["scores"] == {"student": {"value": 1, "stderr": 0}}
+    assert {type(value) for value in row["scores"]["student"].values()} <= {int, float}
 
 
 def test_without_tasks_the_harness_is_not_looked_for(monkeypatch):
