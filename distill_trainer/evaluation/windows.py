@@ -4,6 +4,7 @@ The scheme is that of https://huggingface.co/docs/transformers/perplexity (a sli
 cuts of a window at anchors, so that two tokenizers see and score the same text.
 """
 
+import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -162,6 +163,15 @@ def collate_windows(rows: list[dict[str, Any]], collator: DistillationCollator) 
     return batch
 
 
+def texts_hash(texts: Sequence[str]) -> str:
+    """SHA-256 of the documents and of where each of them ends, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for text in texts:
+        content = text.encode("utf-8", "surrogatepass")
+        digest.update(len(content).to_bytes(8, "big") + content)
+    return digest.hexdigest()
+
+
 def evaluation_batches(
     texts: Sequence[str],
     student_tokenizer: PreTrainedTokenizerBase,
@@ -182,8 +192,9 @@ def evaluation_batches(
         batch_size: Windows per batch.
 
     Returns:
-        Batches of `collate_windows`, and `eval_documents`, `eval_bytes`, `scored_bytes`, `anchor_fraction`, `dropped`
-        (documents without text, and documents of which nothing can be scored), `eval_max_length`, `eval_stride`.
+        Batches of `collate_windows`, and `eval_documents`, `eval_bytes`, `eval_sha256` (see `texts_hash`),
+        `scored_bytes`, `anchor_fraction`, `dropped` (documents without text, and documents of which nothing can be
+        scored), `eval_max_length`, `eval_stride`.
 
     Raises:
         DataError: If nothing can be scored.
@@ -213,6 +224,7 @@ def evaluation_batches(
     return batches, {
         "eval_documents": len(texts),
         "eval_bytes": sum(len(text.encode("utf-8", "surrogatepass")) for text in texts),
+        "eval_sha256": texts_hash(texts),
         "scored_bytes": sum(row["scored_bytes"] for row in rows),
         "dropped": dropped,
         "anchor_fraction": anchors / tokens,

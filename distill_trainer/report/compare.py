@@ -18,9 +18,16 @@ HEADER = (
     *("run", "before", "no teacher", "distilled", "teacher", "gap closed", "same first", "parameters", "text/s"),
     *("training bytes", "seconds"),
 )
-SAME_TEXT = "All runs were scored on as many bytes of held-out text. Bits per byte, lower is better."
+# What must be equal for bits per byte to compare: the text, what was scored of it, and behind how much context.
+SCOPE = ("eval_sha256", "scored_bytes", "eval_max_length", "eval_stride")
+SAME_TEXT = "All runs were scored on the same held-out text, in windows alike. Bits per byte, lower is better."
 OTHER_TEXT = (
-    "The runs were scored on different held-out text: their bits per byte compare within a run only, not between runs."
+    "The runs were scored on different held-out text, or in different windows of it: their bits per byte compare "
+    "within a run only, not between runs."
+)
+UNKNOWN_TEXT = (
+    "At least one report, of an older version, does not say which text its run was scored on: whether bits per byte "
+    "compare between the runs cannot be told."
 )
 Run = tuple[str, dict[str, Any]]
 
@@ -71,8 +78,10 @@ def run_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
 
 def scope(runs: Sequence[Run]) -> str:
     """One sentence: do the runs' bits per byte compare?"""
-    scored = {(report.get("data") or {}).get("scored_bytes") for _, report in runs}
-    return SAME_TEXT if len(scored) == 1 and None not in scored else OTHER_TEXT
+    found = [{(report.get("data") or {}).get(key) for _, report in runs} for key in SCOPE]
+    if any(len(values - {None}) > 1 for values in found):
+        return OTHER_TEXT
+    return UNKNOWN_TEXT if any(None in values for values in found) else SAME_TEXT
 
 
 def text_page(runs: Sequence[Run]) -> str:

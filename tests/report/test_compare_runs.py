@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from read_page import Page
 
-from distill_trainer.report.compare import HEADER, OTHER_TEXT, SAME_TEXT, main
+from distill_trainer.report.compare import HEADER, OTHER_TEXT, SAME_TEXT, UNKNOWN_TEXT, main
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,12 +48,36 @@ def test_the_report_folder_and_the_file_are_runs_as_well(runs, capsys):
     assert [row.split()[3] for row in rows] == ["2.2758", "2.1111"]
 
 
-def test_runs_on_other_text_are_said_not_to_compare(runs, capsys):
-    path = runs / "second/report/report.json"
-    changed = json.loads(path.read_text())
-    changed["data"]["scored_bytes"] += 1
-    path.write_text(json.dumps(changed))
-    assert OTHER_TEXT in printed(capsys, "first", "second")
+@pytest.fixture
+def scope_with(runs, capsys):
+    """The sentence on what compares, with other values in the data of some of the runs."""
+
+    def scope_with(changes, names=("second",)):
+        for name in names:
+            path = runs / name / "report/report.json"
+            changed = json.loads(path.read_text())
+            changed["data"] |= changes
+            path.write_text(json.dumps(changed))
+        return printed(capsys, "first", "second").splitlines()[5]
+
+    return scope_with
+
+
+@pytest.mark.parametrize(
+    "change", [{"eval_sha256": "a0" * 32}, {"scored_bytes": 402_112}, {"eval_max_length": 64}, {"eval_stride": 1}]
+)
+def test_runs_on_other_text_or_in_other_windows_are_said_not_to_compare(scope_with, change):
+    assert scope_with(change) == OTHER_TEXT
+
+
+@pytest.mark.parametrize("key", ["eval_sha256", "scored_bytes", "eval_max_length", "eval_stride"])
+@pytest.mark.parametrize("names", [("second",), ("first", "second")])
+def test_a_report_that_does_not_say_what_was_scored_leaves_it_open(scope_with, key, names):
+    assert scope_with({key: None}, names) == UNKNOWN_TEXT
+
+
+def test_a_report_without_the_texts_hash_but_of_other_length_is_of_other_text(scope_with):
+    assert scope_with({"eval_sha256": None, "scored_bytes": 1}) == OTHER_TEXT
 
 
 def test_a_page_is_written_when_asked_for(runs, capsys):

@@ -116,6 +116,7 @@ def test_pages_list_the_single_figures_and_the_command(report):
         assert all(figure in text for figure in expected)
         assert "run_distillation.py configs/demo.yaml --seed 0" in text
         assert "dropped: short windows" in text and "torch 2.13.0" in text and "wandb" not in text
+        assert "402,113" in text and report["data"]["eval_sha256"] not in text
 
 
 def test_pages_show_the_benchmarks_of_all_students(report):
