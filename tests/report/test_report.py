@@ -138,6 +138,14 @@ def test_pages_show_the_benchmarks_of_all_students(report):
     assert "Only the first 1,000 examples of each task" in benchmark_note(report)
 
 
+@pytest.mark.parametrize("rows", [0, 2])
+def test_a_task_without_a_score_is_named(report, rows):
+    report["benchmarks"] |= {"unscored": ["silent", "mute"], "rows": report["benchmarks"]["rows"][:rows]}
+    for text in (Page(html_page(report, [])).text, markdown_page(report, [])):
+        assert "Benchmarks" in text and "It gave no score for silent, mute." in text
+        assert ("arc_easy" in text) is (rows > 0)
+
+
 def test_without_benchmarks_the_pages_do_not_speak_of_them(report):
     for nothing in (None, {"harness": "0.4.13", "limit": None, "rows": []}):
         report["benchmarks"] = nothing
