@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from distill_trainer.alignment import merge_ends, window_size
 from distill_trainer.anchors import IGNORE_INDEX
-from distill_trainer.errors import DataError
+from distill_trainer.errors import ConfigurationError, DataError
 from distill_trainer.tokens import NO_BOUNDARY, encode
 
 logger = logging.get_logger(__name__)
@@ -50,6 +50,7 @@ def prepare_dataset(
         None for a stream.
 
     Raises:
+        ConfigurationError: If `max_length` is too small for any window with two anchors.
         DataError: If no window is left.
         TokenizerError: If the tokenizers cannot be aligned.
     """
@@ -75,6 +76,11 @@ def prepare_dataset(
     rows = documents.map(cut, **options, num_proc=num_proc, new_fingerprint=fingerprint, desc="Aligning")
     keep = [index for index, reason in enumerate(rows["dropped"]) if not reason]
     windows = rows.select(keep).remove_columns(["dropped", "document_bytes"])
+    if not len(windows) and len(rows) > len(documents):
+        raise ConfigurationError(
+            f"max_length must be larger to cut the documents into windows, got {max_length}: none of the windows "
+            "holds two anchors, places where both tokenizers cut."
+        )
     if not len(windows):
         raise DataError(
             f"None of the {len(documents)} documents holds two anchors: the dataset is empty or too short."

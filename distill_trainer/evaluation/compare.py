@@ -69,8 +69,8 @@ def evaluate_models(
 ) -> dict[str, Any]:
     """Report on a student and its teacher: likelihood per byte, cost, agreement and routing.
 
-    Every byte of the texts is scored once, in overlapping windows, see `evaluation_batches`; the same bytes for every
-    model. All speeds are measured in the widest dtype among the models.
+    Every byte of the texts that a window can hold is scored once, in overlapping windows, see `evaluation_batches`;
+    the same bytes for every model. All speeds are measured in the widest dtype among the models.
 
     Args:
         student: The distilled student, or its name or path. A model that is given by name is loaded to the device of

@@ -1,5 +1,7 @@
 """Held-out documents as overlapping windows: every byte is scored once, behind as much of the text as a window holds.
 
+Left out are bytes that no window can hold together with text before them.
+
 The scheme is that of https://huggingface.co/docs/transformers/perplexity (a sliding window with a stride), with both
 cuts of a window at anchors, so that two tokenizers see and score the same text.
 """
@@ -197,7 +199,8 @@ def evaluation_batches(
         scored), `eval_max_length`, `eval_stride`.
 
     Raises:
-        DataError: If nothing can be scored.
+        ConfigurationError: If `max_length` is too small to score anything.
+        DataError: If there is nothing to score.
         TokenizerError: If the tokenizers cannot be aligned.
     """
     if not any(texts):
@@ -207,7 +210,7 @@ def evaluation_batches(
     # Without something before it, a model has no belief about a document's first token: then no model is asked.
     first = 0 if all(prefixes[:2]) else 1
     rows: list[dict[str, Any]] = []
-    tokens = anchors = 0
+    tokens = anchors = scorable = 0
     dropped = {EMPTY: sum(not text for text in texts), SHORT: 0}
     for text in filter(None, texts):
         document = EncodedDocument.of(text, *tokenizers)
@@ -217,6 +220,12 @@ def evaluation_batches(
         dropped[SHORT] += not windows
         rows += windows
         tokens, anchors = tokens + len(document.student_ids), anchors + len(document.boundaries) - 1
+        scorable += max(len(document.boundaries) - 1 - first, 0)
+    if scorable and not rows:
+        raise ConfigurationError(
+            f"max_length must be larger to score the held-out text, got {max_length}: no window of so many student "
+            "tokens reaches from one place where both tokenizers cut to the next, with text before it."
+        )
     if not rows:
         raise DataError(f"None of the {len(texts)} documents holds text that can be scored: they are too short.")
     collator = DistillationCollator(*tokenizers)

@@ -222,6 +222,18 @@ def test_the_hash_is_that_of_the_documents_in_their_order_and_with_their_ends():
     assert batches_of()[1]["eval_sha256"] == texts_hash(list(TEXTS)) == batches_of(max_length=32)[1]["eval_sha256"]
 
 
+def test_bytes_between_cuts_too_far_apart_are_not_scored_and_a_length_that_fits_nothing_is_to_blame():
+    scored = {length: batches_of([LONG], length, 1)[1]["scored_bytes"] for length in (3, 4, 8)}
+    assert 0 < scored[3] < scored[4] < scored[8] == len(LONG.encode())
+    with pytest.raises(
+        ConfigurationError, match="max_length must be larger to score the held-out text, got 1: no win"
+    ):
+        batches_of([LONG], 1, 1)
+    # The same where nothing stands before a document.
+    with pytest.raises(ConfigurationError, match="max_length must be larger to score"):
+        batches_of([LONG], 1, 1, tokenizers=tuple(map(without_separators, TOKENIZERS)))
+
+
 @pytest.mark.parametrize("stride", [0, -1, 17])
 def test_a_stride_that_leaves_text_out_is_refused(stride):
     with pytest.raises(

@@ -30,6 +30,7 @@ from distill_trainer.report.wording import (
     sentences,
     short,
     steps_sentence,
+    unscored_sentence,
     verdict,
 )
 
@@ -316,6 +317,20 @@ def test_trainings_that_ran_to_the_end_are_not_told_apart(report):
     whole = {"ended": 480, "scored": 480}
     report["data"]["steps"] = {"planned": 480, "student": whole, "baseline": whole}
     assert steps_sentence(report) == "" and "on the same batches" in verdict(report)
+
+
+def test_bytes_that_were_not_scored_are_told_on_every_page(report):
+    assert unscored_sentence(report) == ""
+    report["data"] |= {"scored_bytes": 401_000, "eval_max_length": 8}
+    words = (
+        "1,113 of 402,113 held-out bytes were left out, for every model alike: no window of 8 student tokens holds "
+        "them, up to the next place where both tokenizers cut, with text before them."
+    )
+    assert unscored_sentence(report) == words
+    for text in (Page(html_page(report, [])).text, markdown_page(report, []), headline_table(report)):
+        assert words in text
+    report["data"] = {"scored_bytes": 401_000}
+    assert unscored_sentence(report) == ""
 
 
 @pytest.mark.parametrize(
