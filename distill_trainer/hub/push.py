@@ -1,7 +1,5 @@
 """The upload of a run's bare student with its card, report and settings: `python -m distill_trainer.hub push`."""
 
-import json
-import re
 import shlex
 import sys
 import time
@@ -9,20 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from distill_trainer.errors import ConfigurationError, DistillationError
+from distill_trainer.hub.folder import CARD, STUDENT_FILES, card_for, check_student
 from distill_trainer.parsing import SETTINGS_FILE, OneLineParser
 
-WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-CARD = "README.md"
-# Patterns, relative to a run's folder, of all that is published. `*` also crosses `/`, as in all of huggingface_hub.
-STUDENT_FILES = (
-    *("config.json", "generation_config.json", *WEIGHT_FILES),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
-    *("chat_template.jinja", "additional_chat_templates/*.jinja", CARD, SETTINGS_FILE, "report/*"),
-)
 # What an earlier push may have left that would change how this student loads, beside the files above.
 FOREIGN_FILES = ("adapter_*",)
 RETRY_WAITS = (1, 3)
@@ -57,7 +45,7 @@ def push_student(
         DistillationError: If the Hub fails or cannot be reached, after retries.
     """
     folder = Path(folder)
-    _check_student(folder)
+    check_student(folder)
     repo_id = repo_id or folder.resolve().name
     token = _found_token(token, repo_id)
     for path in (folder / CARD, folder / SETTINGS_FILE, *sorted((folder / "report").rglob("*"))):
@@ -151,32 +139,6 @@ def _writable(api: Any, repo_id: str, private: bool | None) -> str:
     return repo_id
 
 
-def _check_student(folder: Path) -> None:
-    if not folder.is_dir():
-        raise ConfigurationError(f"folder must be one that exists, got {folder}. Give the output folder of a run.")
-    index = folder / "model.safetensors.index.json"
-    text = index.read_text(encoding="utf-8", errors="replace") if index.is_file() else ""
-    shards = set(re.findall(r"model-[^\"]+\.safetensors", text))
-    needed = ("config.json", "tokenizer_config.json", *(sorted(shards) or WEIGHT_FILES[:1]))
-    missing = [name for name in needed if not (folder / name).is_file()]
-    if missing:
-        adapter = (folder / "adapter_config.json").is_file()
-        mend = "Merge its LoRA adapter with export_student first." if adapter else "Give the output folder of a run."
-        raise ConfigurationError(f"folder must hold a student, got {folder} without {', '.join(missing)}. {mend}")
-    for name in (*needed, CARD):
-        path = folder / name
-        try:
-            if path.suffix == ".safetensors":
-                with safe_open(path, framework="pt"):
-                    pass
-            elif path.suffix == ".json":
-                json.loads(path.read_text(encoding="utf-8"))
-            elif path.is_file():
-                path.read_text(encoding="utf-8")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ConfigurationError(f"{path} is damaged: {error}. Train again, or give another folder.") from error
-
-
 def _upload(api: Any, folder: Path, repo_id: str, private: bool | None, revision: str | None, message: str) -> str:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
     from huggingface_hub.utils import filter_repo_objects
@@ -189,24 +151,12 @@ def _upload(api: Any, folder: Path, repo_id: str, private: bool | None, revision
     there = api.list_repo_files(repo_id, revision=revision)
     ours = set(filter_repo_objects(there, allow_patterns=[*STUDENT_FILES, *FOREIGN_FILES]))
     operations = [
-        CommitOperationAdd(name, _card_for(folder, repo_id) if name == CARD else folder / name) for name in sent
+        CommitOperationAdd(name, card_for(folder, repo_id) if name == CARD else folder / name) for name in sent
     ]
     # An old single file would win over new shards, an adapter or a template over what this student has.
     operations += [CommitOperationDelete(name) for name in sorted(ours - {*sent, CARD})]
     api.create_commit(repo_id, operations, commit_message=message, revision=revision)
     return f"{url}/tree/{revision}" if revision else url
-
-
-def _card_for(folder: Path, repo_id: str) -> bytes:
-    """The folder's card, with the repository's name where the run wrote that of its folder, which may have moved."""
-    card = (folder / CARD).read_text(encoding="utf-8")
-    found = re.search(r'from_pretrained\("([^"/]+)"\)', card)
-    if found is None:
-        return card.encode()
-    name = found[1]
-    card = card.replace(f'from_pretrained("{name}")', f'from_pretrained("{repo_id}")')
-    title = repo_id.split("/")[1]
-    return re.sub(rf"^(# |- name: ){re.escape(name)}$", rf"\g<1>{title}", card, flags=re.MULTILINE).encode()
 
 
 def _hub_error(cause: BaseException, status: int | None, repo_id: str, mend: str) -> DistillationError:
