@@ -170,14 +170,15 @@ def test_one_server_error_is_survived(hub, run_folder, path):
 def test_a_server_that_keeps_failing_is_reported_in_one_line_with_the_command_for_later(hub, run_folder):
     hub.fail("/api/repos/create", 503, times=100)
     with pytest.raises(DistillationError, match=r"^The Hub must accept .* got HTTP 503 \(.*503\)") as error:
-        push_student(run_folder, "tester/name", private=True)
-    command = f"python -m distill_trainer.hub push {run_folder} tester/name --private"
+        push_student(run_folder, "tester/name", private=True, revision="v2")
+    command = f"python -m distill_trainer.hub push {run_folder} tester/name --private --revision v2"
     assert str(error.value).endswith(f"). Push the run again: {command}")
     assert "\n" not in str(error.value) and not isinstance(error.value, ConfigurationError)
     assert sum("create" in request for request in hub.requests) == 3
     hub.failures.clear()
     main(command.split()[3:])
-    assert hub.repositories["tester/name"].private and "model.safetensors" in published(hub, "tester/name")
+    assert hub.repositories["tester/name"].private and "model.safetensors" in published(hub, "tester/name", "v2")
+    assert published(hub, "tester/name") == {}
 
 
 def test_a_hub_that_cannot_be_reached_is_reported_in_one_line(hub, run_folder):

@@ -55,7 +55,8 @@ def push_student(
     def upload(api: Any) -> str:
         return _upload(api, folder, _writable(api, repo_id, private), private, revision, commit_message)
 
-    again = ["python", "-m", "distill_trainer.hub", "push", str(folder), repo_id, *(["--private"] if private else [])]
+    again = ["python", "-m", "distill_trainer.hub", "push", str(folder), repo_id]
+    again += [*(["--private"] if private else []), *(["--revision", revision] if revision else [])]
     return _asked(upload, repo_id, token, f"Push the run again: {shlex.join(again)}")
 
 
@@ -176,9 +177,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     push.add_argument("folder", metavar="RUN_DIR", help="Output folder of a run.")
     push.add_argument("repo_id", metavar="REPO", nargs="?", help="name or namespace/name; default: the folder's name.")
     push.add_argument("--private", action="store_true", default=None, help="Make a new repository private.")
+    push.add_argument("--revision", metavar="BRANCH", help="Branch to write, created if missing; default: main.")
     options = parser.parse_args(arguments)
     try:
-        url = push_student(options.folder, options.repo_id, private=options.private)
+        url = push_student(options.folder, options.repo_id, private=options.private, revision=options.revision)
     except DistillationError as error:
         parser.error(str(error))
     sys.stdout.write(f"{url}\n")
