@@ -321,8 +321,9 @@ class DistillationTrainer(Trainer):
         """Settle the repository's name, and fail now rather than after training if it cannot be written to."""
         self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).resolve().name
         if self.is_world_process_zero():
-            access = {"token": token or self.args.hub_token, "private": self.args.hub_private_repo}
-            self.hub_model_id = check_access(self.hub_model_id, **access)
+            args = self.args
+            access = {"private": args.hub_private_repo, "revision": args.hub_revision}
+            self.hub_model_id = check_access(self.hub_model_id, token=token or args.hub_token, **access)
 
     def push_to_hub(self, commit_message: str | None = None, token: str | None = None, **kwargs: Any) -> str | None:
         """Upload the bare student with its tokenizer, card and report to `hub_model_id`; the URL on the first process.

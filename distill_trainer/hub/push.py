@@ -13,6 +13,11 @@ from distill_trainer.parsing import SETTINGS_FILE, OneLineParser
 
 # What an earlier push may have left that would change how this student loads, beside the files above.
 FOREIGN_FILES = ("adapter_*",)
+# Files that tell a model, which is another's where no push of this package has put the settings beside it.
+MODEL_FILES = {"config.json", "adapter_config.json"}
+NO_SETTINGS = (
+    b"# distill_trainer pushed this student without the settings of its run: during training, or from Python.\n"
+)
 RETRY_WAITS = (1, 3)
 
 
@@ -27,7 +32,8 @@ def push_student(
 ) -> str:
     """URL of the Hub repository that now holds the student, its card, report and settings, as in `folder`.
 
-    Only `STUDENT_FILES` are sent, in one commit: a push that is cut off leaves the repository as it was. What the
+    Only `STUDENT_FILES` are sent, in one commit: a push that is cut off leaves the repository as it was. Where the
+    folder has no settings, a comment stands in their place, by which the next push knows the repository. What the
     repository has under these names and this student has not is deleted, but for the card, and so are adapters, with
     which another model would load. Where the card names the folder, the pushed one names the repository.
 
@@ -41,7 +47,8 @@ def push_student(
         commit_message: First line of the commit.
 
     Raises:
-        ConfigurationError: If the folder holds no student, or the name or the token cannot work.
+        ConfigurationError: If the folder holds no student, the name or the token cannot work, or the repository holds
+            a model that this package has not pushed.
         DistillationError: If the Hub fails or cannot be reached, after retries.
     """
     folder = Path(folder)
@@ -52,26 +59,28 @@ def push_student(
         if path.is_file() and token.encode() in path.read_bytes():
             raise ConfigurationError(f"{path} must not hold the token, since it is published. Remove the token there.")
 
-    def upload(api: Any) -> str:
-        return _upload(api, folder, _writable(api, repo_id, private), private, revision, commit_message)
-
     again = ["python", "-m", "distill_trainer.hub", "push", str(folder), repo_id]
     again += [*(["--private"] if private else []), *(["--revision", revision] if revision else [])]
-    return _asked(upload, repo_id, token, f"Push the run again: {shlex.join(again)}")
+    mend = f"Push the run again: {shlex.join(again)}"
+    # Asked once: a branch that the upload has created from another model would look like one on a second try.
+    repo_id = _asked(lambda api: _writable(api, repo_id, private, revision), repo_id, token, mend)
+    return _asked(lambda api: _upload(api, folder, repo_id, private, revision, commit_message), repo_id, token, mend)
 
 
-def check_access(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
+def check_access(
+    repo_id: str, *, token: str | None = None, private: bool | None = None, revision: str | None = None
+) -> str:
     """`repo_id` with its namespace, if a push to it can work as far as the Hub tells before one; nothing is written.
 
     Args:
-        repo_id: See `push_student`, and so `token` and `private`.
+        repo_id: See `push_student`, and so `token`, `private` and `revision`.
 
     Raises:
-        ConfigurationError: If the name, the token or `private` cannot work.
+        ConfigurationError: If the name, the token or `private` cannot work, or the repository holds another model.
         DistillationError: If the Hub fails or cannot be reached, after retries.
     """
     mend = "Try later, or train without push_to_hub and push the run afterwards."
-    return _asked(lambda api: _writable(api, repo_id, private), repo_id, _found_token(token, repo_id), mend)
+    return _asked(lambda api: _writable(api, repo_id, private, revision), repo_id, _found_token(token, repo_id), mend)
 
 
 def _found_token(token: str | None, repo_id: str) -> str:
@@ -108,9 +117,8 @@ def _asked(question: Callable[[Any], str], repo_id: str, token: str, mend: str) 
             time.sleep(wait)
 
 
-def _writable(api: Any, repo_id: str, private: bool | None) -> str:
-    """`repo_id` with its namespace, unless the account cannot write there."""
-    from huggingface_hub.errors import RepositoryNotFoundError
+def _writable(api: Any, repo_id: str, private: bool | None, revision: str | None) -> str:
+    """`repo_id` with its namespace, unless the account cannot or should not write there."""
     from huggingface_hub.utils import validate_repo_id
 
     validate_repo_id(repo_id)
@@ -127,17 +135,30 @@ def _writable(api: Any, repo_id: str, private: bool | None) -> str:
             f"The repository must be under {' or '.join(own)}, where the token may write, got {repo_id}. Give another "
             "name, or the token of an account that may write there."
         )
-    if private:
-        try:
-            public = not api.model_info(repo_id).private
-        except RepositoryNotFoundError:
-            public = False
-        if public:
-            raise ConfigurationError(
-                f"{repo_id} must be private or new to push to it privately, but it exists and is public. Make it "
-                "private in its settings on the Hub, or choose another name."
-            )
+    public, there = _found(api, repo_id, revision)
+    if private and public:
+        raise ConfigurationError(
+            f"{repo_id} must be private or new to push to it privately, but it exists and is public. Make it "
+            "private in its settings on the Hub, or choose another name."
+        )
+    if MODEL_FILES & there and SETTINGS_FILE not in there:
+        raise ConfigurationError(
+            f"{repo_id} must not hold a model that this package has not pushed, but it has "
+            f"{min(MODEL_FILES & there)} without {SETTINGS_FILE}. Choose another hub_model_id, or delete it there."
+        )
     return repo_id
+
+
+def _found(api: Any, repo_id: str, revision: str | None) -> tuple[bool, set[str]]:
+    """Whether a repository exists and is public, and the files of its branch if that exists."""
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    public = False
+    try:
+        public = not api.model_info(repo_id).private
+        return public, set(api.list_repo_files(repo_id, revision=revision))
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return public, set()
 
 
 def _upload(api: Any, folder: Path, repo_id: str, private: bool | None, revision: str | None, message: str) -> str:
@@ -154,8 +175,10 @@ def _upload(api: Any, folder: Path, repo_id: str, private: bool | None, revision
     operations = [
         CommitOperationAdd(name, card_for(folder, repo_id) if name == CARD else folder / name) for name in sent
     ]
+    if SETTINGS_FILE not in sent:
+        operations.append(CommitOperationAdd(SETTINGS_FILE, NO_SETTINGS))
     # An old single file would win over new shards, an adapter or a template over what this student has.
-    operations += [CommitOperationDelete(name) for name in sorted(ours - {*sent, CARD})]
+    operations += [CommitOperationDelete(name) for name in sorted(ours - {*sent, CARD, SETTINGS_FILE})]
     api.create_commit(repo_id, operations, commit_message=message, revision=revision)
     return f"{url}/tree/{revision}" if revision else url
 
