@@ -29,6 +29,7 @@ def prepare_dataset(
     teacher_tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
+    teacher_positions: int | None = None,
     num_proc: int | None = None,
 ) -> tuple[Dataset | IterableDataset, dict | None]:
     """Cut documents into windows, tokenize each for both sides, and find its anchors.
@@ -42,6 +43,7 @@ def prepare_dataset(
         student_tokenizer: See `anchor_pairs`.
         teacher_tokenizer: See `anchor_pairs`.
         max_length: Student tokens in a window.
+        teacher_positions: Teacher tokens that a window may have at most. None: any number.
         num_proc: Processes. None is this one.
 
     Returns:
@@ -50,7 +52,8 @@ def prepare_dataset(
         None for a stream.
 
     Raises:
-        ConfigurationError: If `max_length` is too small for any window with two anchors.
+        ConfigurationError: If `max_length` is too small for any window with two anchors, or too large for
+            `teacher_positions`; of a stream when it is read.
         DataError: If no window is left.
         TokenizerError: If the tokenizers cannot be aligned.
     """
@@ -61,6 +64,7 @@ def prepare_dataset(
         student_tokenizer=student_tokenizer,
         teacher_tokenizer=teacher_tokenizer,
         max_length=max_length,
+        teacher_positions=teacher_positions,
     )
     # Some streams do not know their columns.
     columns = documents.column_names or list(next(iter(documents), {}))
@@ -69,7 +73,12 @@ def prepare_dataset(
         windows = documents.map(cut, **options)
         return windows.filter(lambda row: not row["dropped"]).remove_columns(["dropped", "document_bytes"]), None
     # The library's own fingerprint of a tokenizer changes when it has been used, and would miss the cache.
-    key = [documents._fingerprint, str(max_length), _identity(student_tokenizer), _identity(teacher_tokenizer)]
+    key = [
+        documents._fingerprint,
+        f"{max_length} {teacher_positions}",
+        _identity(student_tokenizer),
+        _identity(teacher_tokenizer),
+    ]
     fingerprint = hashlib.sha1("\n".join(key).encode()).hexdigest()[:16]
     if num_proc is not None:
         num_proc = max(min(num_proc, len(documents)), 1)
@@ -118,15 +127,27 @@ def _cut_documents(
     student_tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    teacher_positions: int | None = None,
 ) -> dict[str, list]:
     rows = []
     for text in batch["text"]:
         windows = list(_cut(text, student_tokenizer, teacher_tokenizer, max_length)) if text else []
         if not windows:
             windows = [_window([], [], [], [], 0, dropped=SHORT if text else EMPTY)]
+        check_teacher_length(windows, max_length, teacher_positions)
         windows[0]["document_bytes"] = len((text or "").encode("utf-8", "surrogatepass"))
         rows += windows
     return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def check_teacher_length(windows: list[dict[str, Any]], max_length: int, teacher_positions: int | None) -> None:
+    """Raise a `ConfigurationError` unless the teacher has positions for all windows of `max_length` student tokens."""
+    longest = max((len(window["teacher_input_ids"]) for window in windows), default=0)
+    if teacher_positions is not None and longest > teacher_positions:
+        raise ConfigurationError(
+            f"max_length must be smaller, got {max_length}: a window of so many student tokens has {longest} of the "
+            f"teacher, whose learned positions are {teacher_positions}."
+        )
 
 
 def _cut(

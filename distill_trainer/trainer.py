@@ -19,7 +19,7 @@ from distill_trainer.data import DistillationCollator, prepare_dataset
 from distill_trainer.early_stopping import ResumableEarlyStoppingCallback
 from distill_trainer.errors import ConfigurationError, DistillationError
 from distill_trainer.hub import check_access, push_student
-from distill_trainer.loading import resolve
+from distill_trainer.loading import check_positions, learned_positions, resolve
 from distill_trainer.modeling import STUDENT_PREFIX, DistillationModel, RoutedBatch
 from distill_trainer.router import routing_objective
 from distill_trainer.schedules import LOGIT_LOSSES, ScheduledValues, effective_logit_weights
@@ -76,6 +76,7 @@ class DistillationTrainer(Trainer):
             teacher_model, teacher_processing_class = resolve(
                 teacher_model, teacher_processing_class, "teacher_processing_class"
             )
+        check_positions(student, args.max_length)
         self.values = ScheduledValues(
             temperature=args.temperature, router_temperature=args.router_temperature, top_k=args.initial_top_k
         )
@@ -85,8 +86,7 @@ class DistillationTrainer(Trainer):
         if args.has_teacher_losses():
             if teacher_model is None:
                 raise ConfigurationError("teacher_model must be given unless lm_weight is the only weight above 0.")
-            tokenizers = teacher_processing_class, processing_class
-            self.teacher = build_teacher(teacher_model, student, *tokenizers, args)
+            self.teacher = build_teacher(teacher_model, student, teacher_processing_class, processing_class, args)
         check_curriculum(args.data_curriculum, train_dataset, self.teacher)
         train_dataset = self._prepared(train_dataset, "train", args)
         eval_dataset = self._prepared(eval_dataset, "eval", args)
@@ -129,6 +129,7 @@ class DistillationTrainer(Trainer):
             self.student_tokenizer,
             self.teacher_tokenizer,
             max_length=args.max_length,
+            teacher_positions=learned_positions(self.teacher.model) if self.teacher else None,
             num_proc=args.dataloader_num_workers or None,
         )
         return dataset

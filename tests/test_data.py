@@ -176,6 +176,22 @@ def test_windows_too_short_for_two_anchors_blame_max_length_and_not_the_document
         prepare(DOCUMENTS, max_length=1)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_windows_that_need_more_positions_than_the_teacher_has_are_refused(prepare, streaming):
+    documents = dataset_of(DOCUMENTS)
+    longest = max(map(len, prepare(documents)[0]["teacher_input_ids"]))
+
+    def read(positions):
+        source = documents.to_iterable_dataset() if streaming else documents
+        return list(prepare(source, teacher_positions=positions)[0])
+
+    assert len(read(longest)) == len(read(None))
+    with pytest.raises(
+        ConfigurationError, match=rf"max_length must be smaller, got 12: a window .* has {longest} of the"
+    ):
+        read(longest - 1)
+
+
 def unknown_columns(texts):
     return IterableDataset.from_generator(lambda: ({"text": text, "id": 1} for text in texts))
 

@@ -8,7 +8,7 @@ cuts of a window at anchors, so that two tokenizers see and score the same text.
 
 import hashlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from distill_trainer.alignment import merge_ends
-from distill_trainer.data import EMPTY, SHORT, DistillationCollator, special_prefix
+from distill_trainer.data import EMPTY, SHORT, DistillationCollator, check_teacher_length, special_prefix
 from distill_trainer.errors import ConfigurationError, DataError
 from distill_trainer.tokens import encode
 
@@ -165,6 +165,15 @@ def collate_windows(rows: list[dict[str, Any]], collator: DistillationCollator) 
     return batch
 
 
+def _check_texts(texts: object) -> None:
+    """Raise unless `texts` is a collection of strings; a single one would be a collection of its characters."""
+    if isinstance(texts, str | bytes) or not isinstance(texts, Collection):
+        raise DataError(f"texts must be a list of documents, got {type(texts).__name__}. Put a single text in a list.")
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"texts must hold strings only, got {type(text).__name__} as document {number}.")
+
+
 def texts_hash(texts: Sequence[str]) -> str:
     """SHA-256 of the documents and of where each of them ends, in hexadecimal digits."""
     digest = hashlib.sha256()
@@ -182,6 +191,7 @@ def evaluation_batches(
     max_length: int,
     stride: int,
     batch_size: int,
+    teacher_positions: int | None = None,
 ) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
     """The texts as collated batches, and what was counted.
 
@@ -192,6 +202,7 @@ def evaluation_batches(
         max_length: Longest window, in student tokens.
         stride: Student tokens that a window scores, but for the first of a document, which scores all of its own.
         batch_size: Windows per batch.
+        teacher_positions: Teacher tokens that a window may have at most. None: any number.
 
     Returns:
         Batches of `collate_windows`, and `eval_documents`, `eval_bytes`, `eval_sha256` (see `texts_hash`),
@@ -199,10 +210,11 @@ def evaluation_batches(
         scored), `eval_max_length`, `eval_stride`.
 
     Raises:
-        ConfigurationError: If `max_length` is too small to score anything.
-        DataError: If there is nothing to score.
+        ConfigurationError: If `max_length` is too small to score anything, or too large for `teacher_positions`.
+        DataError: If there is nothing to score, or `texts` is no list of strings.
         TokenizerError: If the tokenizers cannot be aligned.
     """
+    _check_texts(texts)
     if not any(texts):
         raise DataError("texts must hold at least one document with text, got none. Raise validation_fraction.")
     tokenizers = student_tokenizer, teacher_tokenizer
@@ -228,6 +240,7 @@ def evaluation_batches(
         )
     if not rows:
         raise DataError(f"None of the {len(texts)} documents holds text that can be scored: they are too short.")
+    check_teacher_length(rows, max_length, teacher_positions)
     collator = DistillationCollator(*tokenizers)
     batches = [collate_windows(rows[n : n + batch_size], collator) for n in range(0, len(rows), batch_size)]
     return batches, {
