@@ -176,6 +176,13 @@ def test_one_server_error_is_survived(hub, run_folder, path):
     assert "model.safetensors" in published(hub)
 
 
+@pytest.mark.parametrize("status", [408, 429])
+def test_a_server_that_asks_to_come_again_is_asked_again(hub, run_folder, status):
+    hub.fail("/api/repos/create", status, times=2)
+    push_student(run_folder)
+    assert "model.safetensors" in published(hub) and sum("create" in request for request in hub.requests) == 3
+
+
 def test_a_server_that_keeps_failing_is_reported_in_one_line_with_the_command_for_later(hub, run_folder):
     hub.fail("/api/repos/create", 503, times=100)
     with pytest.raises(DistillationError, match=r"^The Hub must accept .* got HTTP 503 \(.*503\)") as error:

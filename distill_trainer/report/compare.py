@@ -52,6 +52,11 @@ def read_run(path: str | Path) -> dict[str, Any]:
         raise DataError(f"{found} cannot be read as a report: {' '.join(str(error).split())}") from error
     if not isinstance(report, dict) or report.get("schema") != 1 or not isinstance(report.get("student"), dict):
         raise DataError(f"{found} is no report of schema 1. Run the evaluation again with this version.")
+    if "bits_per_byte" not in report["student"]:
+        raise DataError(f"{found} is damaged: its student has no bits_per_byte. Run the evaluation again.")
+    for part in ("teacher", "student_before", "baseline", "retention", "data", "environment"):
+        if not isinstance(report.get(part), dict | None):
+            raise DataError(f"{found} is damaged: {part} is no mapping. Run the evaluation again.")
     try:
         text_page([(str(path), report)])
     except (TypeError, ValueError, AttributeError) as error:

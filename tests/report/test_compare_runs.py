@@ -96,6 +96,12 @@ REFUSED = {
     "text for a number": (["first", "text.json"], "text.json is damaged: "),
     "a list for a number": (["first", "bytes.json"], "bytes.json is damaged: "),
     "a list for a mapping": (["first", "data.json"], "data.json is damaged: "),
+    "an empty list for a mapping": (
+        ["first", "environment.json"],
+        "environment.json is damaged: environment is no map",
+    ),
+    "no model": (["first", "baseline.json"], "baseline.json is damaged: baseline is no mapping."),
+    "a student without figures": (["first", "empty.json"], "empty.json is damaged: its student has no bits_per_byte."),
     "a list": (["first", "list.json"], "list.json is no report of schema 1."),
     "not a page": (["first", "second", "--output", "runs.pdf"], "--output must end in .html, got runs.pdf."),
     "no such place": (["first", "second", "--output", "no/x.html"], "--output cannot be written to no/x.html"),
@@ -105,11 +111,14 @@ REFUSED = {
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_compared_is_refused_in_one_line(runs, capsys, arguments, message):
-    good = '{"schema": 1, "student": {}, '
+    good = '{"schema": 1, "student": {"bits_per_byte": 2.0}, '
     damaged = {
         "text": '"student": {"bits_per_byte": "a"}}',
         "bytes": '"data": {"scored_bytes": [1]}}',
         "data": '"data": [1]}',
+        "environment": '"environment": []}',
+        "baseline": '"baseline": 0}',
+        "empty": '"student": {}}',
     }
     contents = {"broken": '{"schema', "other": '{"schema": 2}', "list": "[1]"}
     contents |= {name: good + content for name, content in damaged.items()}
