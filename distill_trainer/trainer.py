@@ -13,7 +13,7 @@ from distill_trainer.anchors import IGNORE_INDEX, Anchors
 from distill_trainer.arguments import DistillationArguments
 from distill_trainer.assembly import build_model, build_teacher
 from distill_trainer.callbacks import training_schedules
-from distill_trainer.checkpoint import load_modules, save_modules
+from distill_trainer.checkpoint import load_modules, save_arguments, save_modules
 from distill_trainer.curriculum import TEACHER_LOSS, CurriculumSampler, check_curriculum, with_teacher_losses
 from distill_trainer.data import DistillationCollator, prepare_dataset
 from distill_trainer.early_stopping import ResumableEarlyStoppingCallback
@@ -308,7 +308,7 @@ class DistillationTrainer(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             save_modules(folder, self.distillation_model, self.processing_class, state_dict)
-            torch.save(self.args, folder / "training_args.bin")
+            save_arguments(folder, self.args)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_modules(Path(resume_from_checkpoint), self.accelerator.unwrap_model(model or self.model))
