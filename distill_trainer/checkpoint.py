@@ -7,10 +7,12 @@ import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from distill_trainer.errors import CheckpointError
@@ -53,6 +55,13 @@ def save_modules(
     extras = {name: value.contiguous().cpu() for name, value in state.items() if not name.startswith(STUDENT_PREFIX)}
     save_file(extras, folder / MODULES_FILE, metadata={"format": "pt"} | _settings(model, data_curriculum))
     tokenizer.save_pretrained(folder)
+
+
+def save_arguments(folder: Path, args: TrainingArguments) -> None:
+    """Write the settings as the Trainer does, but without the token: folders of runs are copied and shared."""
+    written = copy.copy(args)
+    written.hub_token = None
+    torch.save(written, folder / TRAINING_ARGS_NAME)
 
 
 def check_checkpoint(folder: Path) -> None:

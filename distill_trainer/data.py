@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from distill_trainer.alignment import merge_ends, window_size
 from distill_trainer.anchors import IGNORE_INDEX
-from distill_trainer.errors import DataError
+from distill_trainer.errors import ConfigurationError, DataError
 from distill_trainer.tokens import NO_BOUNDARY, encode
 
 logger = logging.get_logger(__name__)
@@ -29,6 +29,7 @@ def prepare_dataset(
     teacher_tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
+    teacher_positions: int | None = None,
     num_proc: int | None = None,
 ) -> tuple[Dataset | IterableDataset, dict | None]:
     """Cut documents into windows, tokenize each for both sides, and find its anchors.
@@ -42,6 +43,7 @@ def prepare_dataset(
         student_tokenizer: See `anchor_pairs`.
         teacher_tokenizer: See `anchor_pairs`.
         max_length: Student tokens in a window.
+        teacher_positions: Teacher tokens that a window may have at most. None: any number.
         num_proc: Processes. None is this one.
 
     Returns:
@@ -50,6 +52,8 @@ def prepare_dataset(
         None for a stream.
 
     Raises:
+        ConfigurationError: If `max_length` is too small for any window with two anchors, or too large for
+            `teacher_positions`; of a stream when it is read.
         DataError: If no window is left.
         TokenizerError: If the tokenizers cannot be aligned.
     """
@@ -60,6 +64,7 @@ def prepare_dataset(
         student_tokenizer=student_tokenizer,
         teacher_tokenizer=teacher_tokenizer,
         max_length=max_length,
+        teacher_positions=teacher_positions,
     )
     # Some streams do not know their columns.
     columns = documents.column_names or list(next(iter(documents), {}))
@@ -70,13 +75,23 @@ def prepare_dataset(
     if not len(documents):
         raise DataError("The dataset must hold documents, got none.")
     # The library's own fingerprint of a tokenizer changes when it has been used, and would miss the cache.
-    key = [documents._fingerprint, str(max_length), _identity(student_tokenizer), _identity(teacher_tokenizer)]
+    key = [
+        documents._fingerprint,
+        f"{max_length} {teacher_positions}",
+        _identity(student_tokenizer),
+        _identity(teacher_tokenizer),
+    ]
     fingerprint = hashlib.sha1("\n".join(key).encode()).hexdigest()[:16]
     if num_proc is not None:
         num_proc = max(min(num_proc, len(documents)), 1)
     rows = documents.map(cut, **options, num_proc=num_proc, new_fingerprint=fingerprint, desc="Aligning")
     keep = [index for index, reason in enumerate(rows["dropped"]) if not reason]
     windows = rows.select(keep).remove_columns(["dropped", "document_bytes"])
+    if not len(windows) and len(rows) > len(documents):
+        raise ConfigurationError(
+            f"max_length must be larger to cut the documents into windows, got {max_length}: none of the windows "
+            "holds two anchors, places where both tokenizers cut."
+        )
     if not len(windows):
         raise DataError(
             f"None of the {len(documents)} documents holds two anchors: the dataset is empty or too short."
@@ -114,15 +129,27 @@ def _cut_documents(
     student_tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    teacher_positions: int | None = None,
 ) -> dict[str, list]:
     rows = []
     for text in batch["text"]:
         windows = list(_cut(text, student_tokenizer, teacher_tokenizer, max_length)) if text else []
         if not windows:
             windows = [_window([], [], [], [], 0, dropped=SHORT if text else EMPTY)]
+        check_teacher_length(windows, max_length, teacher_positions)
         windows[0]["document_bytes"] = len((text or "").encode("utf-8", "surrogatepass"))
         rows += windows
     return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def check_teacher_length(windows: list[dict[str, Any]], max_length: int, teacher_positions: int | None) -> None:
+    """Raise a `ConfigurationError` unless the teacher has positions for all windows of `max_length` student tokens."""
+    longest = max((len(window["teacher_input_ids"]) for window in windows), default=0)
+    if teacher_positions is not None and longest > teacher_positions:
+        raise ConfigurationError(
+            f"max_length must be smaller, got {max_length}: a window of so many student tokens has {longest} of the "
+            f"teacher, whose learned positions are {teacher_positions}."
+        )
 
 
 def _cut(

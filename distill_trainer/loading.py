@@ -68,6 +68,28 @@ def resolve(
     )
 
 
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """Tokens that a model's table of learned positions has room for, such as GPT-2's; None without such a table.
+
+    Positions that are computed, as rotary ones, go on beyond `max_position_embeddings`, only with less precision.
+    """
+    limit, words = getattr(model.config, "max_position_embeddings", None), model.get_input_embeddings()
+    tables = (part for part in model.modules() if isinstance(part, nn.Embedding) and part is not words)
+    # Some families, as OPT, put two rows before the first position.
+    rows = {table.num_embeddings - getattr(table, "offset", 0) for table in tables}
+    return limit if limit in rows else None
+
+
+def check_positions(model: PreTrainedModel, max_length: int) -> None:
+    """Raise a `ConfigurationError` unless a student has positions for windows of `max_length` tokens."""
+    positions = learned_positions(model)
+    if positions is not None and max_length > positions:
+        raise ConfigurationError(
+            f"max_length must be at most {positions}, the learned positions of the student {type(model).__name__}, "
+            f"got {max_length}."
+        )
+
+
 def with_adapters(
     student: PreTrainedModel, *, r: int, alpha: int, dropout: float, target_modules: list[str] | None
 ) -> nn.Module:

@@ -13,13 +13,13 @@ from distill_trainer.anchors import IGNORE_INDEX, Anchors
 from distill_trainer.arguments import DistillationArguments
 from distill_trainer.assembly import build_model, build_teacher
 from distill_trainer.callbacks import training_schedules
-from distill_trainer.checkpoint import load_modules, save_modules
+from distill_trainer.checkpoint import load_modules, save_arguments, save_modules
 from distill_trainer.curriculum import TEACHER_LOSS, CurriculumSampler, check_curriculum, with_teacher_losses
 from distill_trainer.data import DistillationCollator, prepare_dataset
 from distill_trainer.early_stopping import ResumableEarlyStoppingCallback
 from distill_trainer.errors import ConfigurationError, DistillationError
 from distill_trainer.hub import check_access, push_student
-from distill_trainer.loading import resolve
+from distill_trainer.loading import check_positions, learned_positions, resolve
 from distill_trainer.modeling import STUDENT_PREFIX, DistillationModel, RoutedBatch
 from distill_trainer.router import routing_objective
 from distill_trainer.schedules import LOGIT_LOSSES, ScheduledValues, effective_logit_weights
@@ -76,6 +76,7 @@ class DistillationTrainer(Trainer):
             teacher_model, teacher_processing_class = resolve(
                 teacher_model, teacher_processing_class, "teacher_processing_class"
             )
+        check_positions(student, args.max_length)
         self.values = ScheduledValues(
             temperature=args.temperature, router_temperature=args.router_temperature, top_k=args.initial_top_k
         )
@@ -85,8 +86,7 @@ class DistillationTrainer(Trainer):
         if args.has_teacher_losses():
             if teacher_model is None:
                 raise ConfigurationError("teacher_model must be given unless lm_weight is the only weight above 0.")
-            tokenizers = teacher_processing_class, processing_class
-            self.teacher = build_teacher(teacher_model, student, *tokenizers, args)
+            self.teacher = build_teacher(teacher_model, student, teacher_processing_class, processing_class, args)
         check_curriculum(args.data_curriculum, train_dataset, self.teacher, gap_schedule=args.gap_schedule)
         train_dataset = self._prepared(train_dataset, "train", args)
         eval_dataset = self._prepared(eval_dataset, "eval", args)
@@ -129,6 +129,7 @@ class DistillationTrainer(Trainer):
             self.student_tokenizer,
             self.teacher_tokenizer,
             max_length=args.max_length,
+            teacher_positions=learned_positions(self.teacher.model) if self.teacher else None,
             num_proc=args.dataloader_num_workers or None,
         )
         return dataset
@@ -308,7 +309,7 @@ class DistillationTrainer(Trainer):
             folder = Path(output_dir or self.args.output_dir)
             model, order = self.distillation_model, self.args.data_curriculum
             save_modules(folder, model, self.processing_class, state_dict, data_curriculum=order)
-            torch.save(self.args, folder / "training_args.bin")
+            save_arguments(folder, self.args)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         unwrapped = self.accelerator.unwrap_model(model or self.model)
@@ -323,8 +324,7 @@ class DistillationTrainer(Trainer):
         """Settle the repository's name, and fail now rather than after training if it cannot be written to."""
         self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).resolve().name
         if self.is_world_process_zero():
-            access = {"token": token or self.args.hub_token, "private": self.args.hub_private_repo}
-            self.hub_model_id = check_access(self.hub_model_id, **access)
+            self.hub_model_id = check_access(self.hub_model_id, **self._hub_access(token))
 
     def push_to_hub(self, commit_message: str | None = None, token: str | None = None, **kwargs: Any) -> str | None:
         """Upload the bare student with its tokenizer, card and report to `hub_model_id`; the URL on the first process.
@@ -350,11 +350,8 @@ class DistillationTrainer(Trainer):
     def _push(self, folder: str, message: str, token: str | None = None) -> str | None:
         if not self.is_world_process_zero():
             return None
-        return push_student(
-            folder,
-            self.hub_model_id,
-            token=token or self.args.hub_token,
-            private=self.args.hub_private_repo,
-            revision=self.args.hub_revision,
-            commit_message=message,
-        )
+        return push_student(folder, self.hub_model_id, commit_message=message, **self._hub_access(token))
+
+    def _hub_access(self, token: str | None) -> dict[str, Any]:
+        args = self.args
+        return {"token": token or args.hub_token, "private": args.hub_private_repo, "revision": args.hub_revision}

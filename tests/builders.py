@@ -12,6 +12,8 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GptOssConfig,
     GptOssForCausalLM,
     GraniteMoeConfig,
@@ -158,6 +160,14 @@ def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
     shape = SHAPE | {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "vocab_size": STUDENT_ROWS}
     shape.pop("num_experts_per_tok")
     return LlamaForCausalLM(LlamaConfig(**(shape | {"initializer_range": 0.05} | changes)))
+
+
+def tiny_gpt2(side: str = "student", positions: int = 64) -> GPT2LMHeadModel:
+    """A dense model whose positions are learned, with the vocabulary of one side."""
+    torch.manual_seed(2)
+    rows = {"student": STUDENT_ROWS, "teacher": TEACHER_ROWS}[side]
+    shape = {"vocab_size": rows, "n_positions": positions, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).eval()
 
 
 def tiny_moe(family: str = "qwen3_moe", seed: int = 1, **changes) -> PreTrainedModel:

@@ -3,11 +3,13 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from distill_trainer.card import declared_licence, write_model_card
+from distill_trainer.evaluation.benchmarks import benchmark_rows
 from distill_trainer.report import write_report
 from distill_trainer.report.wording import sentences, verdict
 
@@ -61,6 +63,16 @@ def hub_cards(monkeypatch, tmp_path):
 def written(folder: Path, report: dict, **changes) -> ModelCard:
     names = {"student_name": "org/base", "teacher_name": "org/teacher", "datasets": ["Salesforce/wikitext"]}
     return ModelCard.load(write_model_card(folder, report, **(names | changes)))
+
+
+def test_a_score_that_numpy_has_summed_up_is_a_number_of_the_card(tmp_path, report):
+    """As the harness returns exact_match and f1."""
+    results = {"results": {"gen": {"exact_match,none": np.float64(0.25)}}, "higher_is_better": {}}
+    results |= {"versions": {}, "n-shot": {}, "n-samples": {}}
+    report["benchmarks"]["rows"] = benchmark_rows({"student": results})
+    (tmp_path / "out").mkdir()
+    values = [result.metric_value for result in written(tmp_path / "out", report).data.eval_results]
+    assert values[-1] == 0.25 and type(values[-1]) is float
 
 
 def test_the_metadata_are_the_origin_and_the_figures_of_the_report(tmp_path, report):

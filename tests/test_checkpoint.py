@@ -34,6 +34,17 @@ def test_a_checkpoint_is_a_plain_model_folder_with_tokenizer_and_modules(tmp_pat
         assert set(load_file(folder / MODULES_FILE)) == set(trainer.distillation_model.extra_state_dict())
 
 
+def test_the_token_stands_in_no_file_that_is_saved(tmp_path):
+    trainer = trained(tmp_path, hub_token="hf_secret")
+    trainer.save_model()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path.name for path in files].count("training_args.bin") == 2
+    assert [path for path in files if b"hf_secret" in path.read_bytes()] == []
+    saved = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert saved.hub_token is None and saved.to_dict() == trainer.args.to_dict()
+    assert trainer.args.hub_token == "hf_secret"
+
+
 def test_no_weight_of_the_teacher_is_saved(tmp_path):
     trainer = trained(tmp_path)
     teacher = {value.shape: value for value in trainer.teacher.model.state_dict().values()}

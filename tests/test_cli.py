@@ -330,13 +330,18 @@ NOT_TO_PUSH = {
         {"hub_model_id": "team/public", "hub_private_repo": "true"},
         "team/public must be private or new to push to it privately",
     ),
+    "another model": (
+        WRITE_TOKEN,
+        {"hub_model_id": "team/public", "hub_revision": "taken"},
+        "team/public must not hold a model that this package has not pushed, but it has config.json without",
+    ),
 }
 
 
 @pytest.mark.parametrize(("token", "settings", "message"), NOT_TO_PUSH.values(), ids=NOT_TO_PUSH)
 def test_what_could_not_be_pushed_is_refused_before_training(hub, capfd, monkeypatch, texts, token, settings, message):
     monkeypatch.setenv("HF_TOKEN", token)
-    hub.repositories["team/public"] = Repository()
+    hub.repositories["team/public"] = Repository(branches={"main": {}, "taken": {"config.json": b"{}"}})
     assert message in refused(capfd, flags(texts, push_to_hub="true", **settings))
     assert hub.repositories.keys() == {"team/public"}
 

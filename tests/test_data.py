@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 from distill_trainer.alignment import encode
 from distill_trainer.data import IGNORE_INDEX, DistillationCollator, _cut, prepare_dataset
 from distill_trainer.documents import load_splits
-from distill_trainer.errors import DataError, TokenizerError
+from distill_trainer.errors import ConfigurationError, DataError, TokenizerError
 
 COLUMNS = {"input_ids", "teacher_input_ids", "student_positions", "teacher_positions", "scored_bytes", "length"}
 DOCUMENTS = [
@@ -167,6 +167,29 @@ def test_documents_without_two_anchors_are_an_error(prepare, texts):
     with pytest.raises(DataError, match="None of the 2 documents holds two anchors") as error:
         prepare(texts)
     assert "\n" not in str(error.value)
+
+
+def test_windows_too_short_for_two_anchors_blame_max_length_and_not_the_documents(prepare):
+    with pytest.raises(
+        ConfigurationError, match="max_length must be larger to cut the documents into windows, got 1:"
+    ):
+        prepare(DOCUMENTS, max_length=1)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_windows_that_need_more_positions_than_the_teacher_has_are_refused(prepare, streaming):
+    documents = dataset_of(DOCUMENTS)
+    longest = max(map(len, prepare(documents)[0]["teacher_input_ids"]))
+
+    def read(positions):
+        source = documents.to_iterable_dataset() if streaming else documents
+        return list(prepare(source, teacher_positions=positions)[0])
+
+    assert len(read(longest)) == len(read(None))
+    with pytest.raises(
+        ConfigurationError, match=rf"max_length must be smaller, got 12: a window .* has {longest} of the"
+    ):
+        read(longest - 1)
 
 
 def unknown_columns(texts):

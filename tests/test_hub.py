@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from distill_trainer.card import write_model_card
 from distill_trainer.errors import ConfigurationError, DistillationError
 from distill_trainer.hub import check_access, main, push_student
+from distill_trainer.parsing import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 REPORT = {"student": {"bits_per_byte": 2.25, "word_perplexity": 60.5}}
@@ -152,12 +153,20 @@ def test_the_pushed_card_names_the_repository_and_the_folders_own_stays(hub, run
     assert (run_folder / "README.md").read_text() == card
 
 
-def test_a_folder_without_card_report_and_settings_is_pushed_all_the_same(hub, run_folder):
+def test_a_folder_without_card_report_and_settings_is_pushed_all_the_same(hub, run_folder, tmp_path):
     for name in ("README.md", "training_config.yaml"):
         (run_folder / name).unlink()
     shutil.rmtree(run_folder / "report")
     push_student(run_folder)
     assert {"model.safetensors", "tokenizer.json"} <= published(hub).keys()
+    # In place of the settings stands what the next push knows the repository by; it is no config file.
+    assert published(hub)["training_config.yaml"].startswith(b"# distill_trainer pushed this student without")
+    (tmp_path / "no.yaml").write_bytes(published(hub)["training_config.yaml"])
+    with pytest.raises(ConfigurationError, match="must hold `field: value` pairs"):
+        parse_arguments([str(tmp_path / "no.yaml")])
+    write(run_folder / "training_config.yaml", "max_steps: 2")
+    push_student(run_folder)
+    assert published(hub)["training_config.yaml"] == b"max_steps: 2"
 
 
 @pytest.mark.parametrize("path", ["/api/whoami-v2", "/api/repos/create", "/preupload/", "/lfs/upload/", "/commit/"])
@@ -167,17 +176,25 @@ def test_one_server_error_is_survived(hub, run_folder, path):
     assert "model.safetensors" in published(hub)
 
 
+@pytest.mark.parametrize("status", [408, 429])
+def test_a_server_that_asks_to_come_again_is_asked_again(hub, run_folder, status):
+    hub.fail("/api/repos/create", status, times=2)
+    push_student(run_folder)
+    assert "model.safetensors" in published(hub) and sum("create" in request for request in hub.requests) == 3
+
+
 def test_a_server_that_keeps_failing_is_reported_in_one_line_with_the_command_for_later(hub, run_folder):
     hub.fail("/api/repos/create", 503, times=100)
     with pytest.raises(DistillationError, match=r"^The Hub must accept .* got HTTP 503 \(.*503\)") as error:
-        push_student(run_folder, "tester/name", private=True)
-    command = f"python -m distill_trainer.hub push {run_folder} tester/name --private"
+        push_student(run_folder, "tester/name", private=True, revision="v2")
+    command = f"python -m distill_trainer.hub push {run_folder} tester/name --private --revision v2"
     assert str(error.value).endswith(f"). Push the run again: {command}")
     assert "\n" not in str(error.value) and not isinstance(error.value, ConfigurationError)
     assert sum("create" in request for request in hub.requests) == 3
     hub.failures.clear()
     main(command.split()[3:])
-    assert hub.repositories["tester/name"].private and "model.safetensors" in published(hub, "tester/name")
+    assert hub.repositories["tester/name"].private and "model.safetensors" in published(hub, "tester/name", "v2")
+    assert published(hub, "tester/name") == {}
 
 
 def test_a_hub_that_cannot_be_reached_is_reported_in_one_line(hub, run_folder):
@@ -221,7 +238,11 @@ def test_a_push_that_is_killed_leaves_the_repository_as_it_was_and_the_next_one_
             "name",
             "The token must have write access to tester/name, got a read-only token of tester. Set HF_TOKEN .* to one",
         ),
-        (LIMITED_TOKEN, "name", r"The token must have write access to name, got HTTP 403 \(you must use a write"),
+        (
+            LIMITED_TOKEN,
+            "name",
+            r"The token must have write access to tester/name, got HTTP 403 \(you must use a write",
+        ),
         ("hf_unknown", "tester/name", "The token must have write access to tester/name, got HTTP 401"),
         (
             WRITE_TOKEN,
@@ -261,6 +282,34 @@ def test_a_repository_that_exists_and_may_not_be_written_to_is_left_alone(hub, r
     with pytest.raises(ConfigurationError, match=words):
         push_student(run_folder, f"{owner}/taken", token=token)
     assert taken.branches == {"main": {"config.json": b"another model"}}
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_a_repository_that_holds_another_model_is_refused_and_left_alone(hub, run_folder, name):
+    files = {name: b"another model", "model.safetensors": b"x", "README.md": b"mine", "notes.txt": b"y"}
+    hub.repositories["tester/taken"] = taken = Repository(branches={"main": dict(files)})
+    message = (
+        "tester/taken must not hold a model that this package has not pushed, but it has "
+        f"{name} without training_config.yaml. Choose another hub_model_id, or delete it there."
+    )
+    for refuse in (check_access, lambda repo_id: push_student(run_folder, repo_id)):
+        with pytest.raises(ConfigurationError) as error:
+            refuse("taken")
+        assert str(error.value) == message
+    assert taken.branches == {"main": files} and taken.messages == []
+    # A branch of its own takes nothing away from the other model, also if its first upload fails.
+    hub.fail("/commit/", 503, times=1)
+    assert check_access("taken", revision="distilled") == "tester/taken"
+    push_student(run_folder, "taken", revision="distilled")
+    assert published(hub, "tester/taken") == files
+    assert published(hub, "tester/taken", "distilled")["model.safetensors"] != b"x"
+    push_student(run_folder, "taken", revision="distilled")
+
+
+def test_a_repository_without_a_model_is_filled(hub, run_folder):
+    hub.repositories["tester/new"] = Repository(branches={"main": {"README.md": b"mine", ".gitattributes": b""}})
+    push_student(run_folder, "new")
+    assert {".gitattributes", "model.safetensors"} <= published(hub, "tester/new").keys()
 
 
 def test_what_shall_be_private_is_not_pushed_to_a_public_repository(hub, run_folder):

@@ -1,9 +1,17 @@
 import pytest
 import torch
-from builders import tiny_llama, tokenizer
+from builders import tiny_gpt2, tiny_llama, tiny_moe, tokenizer
+from transformers import OPTConfig, OPTForCausalLM
 
 from distill_trainer.errors import ConfigurationError, TokenizerError, UnsupportedModelError
-from distill_trainer.loading import load_causal_lm, load_tokenizer, resolve, with_adapters
+from distill_trainer.loading import (
+    check_positions,
+    learned_positions,
+    load_causal_lm,
+    load_tokenizer,
+    resolve,
+    with_adapters,
+)
 
 
 @pytest.fixture
@@ -83,3 +91,26 @@ def test_adapters_for_layers_that_do_not_exist_are_an_error():
     with pytest.raises(ConfigurationError, match="lora_target_modules must name layers of the student") as error:
         with_adapters(tiny_llama(), r=4, alpha=8, dropout=0.0, target_modules=["nothing"])
     assert "\n" not in str(error.value)
+
+
+def test_only_a_table_of_positions_limits_the_length_of_a_window():
+    shape = {
+        "hidden_size": 16,
+        "ffn_dim": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "word_embed_proj_dim": 16,
+    }
+    opt = OPTForCausalLM(OPTConfig(**shape, vocab_size=50, max_position_embeddings=20))
+    assert [learned_positions(model) for model in (tiny_gpt2(), opt)] == [64, 20]
+    # Rotary positions go on. A vocabulary as large as the table would be is none.
+    assert learned_positions(tiny_llama()) is learned_positions(tiny_moe()) is None
+    assert learned_positions(tiny_llama(max_position_embeddings=2048)) is None
+    opt(input_ids=torch.ones(1, 20, dtype=torch.long))
+    check_positions(opt, 20)
+    with pytest.raises(ConfigurationError) as error:
+        check_positions(opt, 21)
+    assert (
+        str(error.value)
+        == "max_length must be at most 20, the learned positions of the student OPTForCausalLM, got 21."
+    )

@@ -236,7 +236,7 @@ def test_the_modules_that_are_started_exist_and_the_push_passes_its_arguments_on
     pushed = []
     monkeypatch.setattr(push, "push_student", lambda *words, **options: pushed.append((words, options)) or "the URL")
     push.main(next(words[1:] for words in started if words[0] == "distill_trainer.hub"))
-    assert pushed == [(("outputs/recommended", "my-student"), {"private": True})]
+    assert pushed == [(("outputs/recommended", "my-student"), {"private": True, "revision": None})]
     assert capsys.readouterr().out == "the URL\n"
 
 

@@ -1,5 +1,6 @@
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from builders import (
     collated,
     last_router,
     logged,
+    tiny_gpt2,
     tiny_llama,
     tiny_moe,
     tiny_trainer,
@@ -28,6 +30,31 @@ from distill_trainer.schedules import LOSS_NAMES
 from distill_trainer.trainer import DistillationTrainer
 
 ONLY_TEXT = {f"{name}_weight": 0.0 for name in LOSS_NAMES if name != "lm"}
+
+
+def test_learned_positions_that_are_too_few_are_refused_before_a_text_is_read(tmp_path):
+    unread = SimpleNamespace(column_names=["text"])  # anything else asked of it would raise
+
+    def trainer(student, teacher, dataset, max_length):
+        return DistillationTrainer(
+            student,
+            teacher,
+            arguments(tmp_path, max_length=max_length, attention_weight=0.0),
+            train_dataset=dataset,
+            processing_class=tokenizer("student"),
+            teacher_processing_class=tokenizer("teacher"),
+        )
+
+    with pytest.raises(
+        ConfigurationError, match="max_length must be at most 64, the learned positions of the student GPT"
+    ):
+        trainer(tiny_gpt2(), tiny_moe(), unread, 65)
+    texts = Dataset.from_dict({"text": TEXTS})
+    with pytest.raises(
+        ConfigurationError, match="max_length must be smaller, got 64: .* whose learned positions are 8"
+    ):
+        trainer(tiny_llama(), tiny_gpt2("teacher", positions=8), texts, 64)
+    trainer(tiny_gpt2(), tiny_gpt2("teacher"), texts, 64).train()
 
 
 def test_what_trains_moves_and_the_teacher_does_not(tmp_path):

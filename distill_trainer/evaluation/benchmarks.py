@@ -7,20 +7,29 @@ import copy
 import difflib
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import yaml
 from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from packaging.version import Version
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from distill_trainer.errors import ConfigurationError
 from distill_trainer.evaluation.measure import evaluating
 
+logger = logging.get_logger(__name__)
+
 MINIMUM_VERSION = "0.4.13"
 # What a task file or its data can fail with, read by the harness.
-TASK_ERRORS = (KeyError, OSError, ValueError, TypeError, AttributeError, ImportError, yaml.YAMLError, DatasetsError)
+TASK_ERRORS = (
+    *(LookupError, OSError, ValueError, TypeError, AttributeError, ImportError, SyntaxError),
+    *(yaml.YAMLError, TemplateError, DatasetsError),
+)
+OFFLINE = "Connect once, so that its data are kept, or name a task whose data are local files."
 
 
 class Benchmarks:
@@ -62,10 +71,16 @@ class Benchmarks:
                 f"The nearest is {nearest}."
             )
         try:
-            self.manager.load([task])
+            # With its data, of which the harness fills the first document into the templates.
+            loaded = self.manager.load([task])["tasks"]
         except TASK_ERRORS as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigurationError(f"lm_eval_tasks: the task {task} cannot be loaded: {reason}") from error
+            raise ConfigurationError(f"lm_eval_tasks: the task {task} cannot be loaded: {_reason(error)}") from error
+        for name, found in loaded.items():
+            if unknown := _unknown_metrics(found):
+                raise ConfigurationError(
+                    f"lm_eval_tasks: the task {name} must be measured by metrics and aggregations that the harness or "
+                    f"evaluate has, got {', '.join(unknown)}. Correct metric_list in its file."
+                )
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> dict[str, Any]:
         """What the harness returns for one model, on the device and in the dtype that the model has."""
@@ -94,9 +109,32 @@ class Benchmarks:
             results: What `run` returned for each model, by its role.
 
         Returns:
-            `harness` (its version), `limit`, and `rows`, see `benchmark_rows`.
+            `harness` (its version), `limit`, `rows`, see `benchmark_rows`, and `unscored`, the tasks without a row.
         """
-        return {"harness": self.harness, "limit": self.limit, "rows": benchmark_rows(results)}
+        rows, tasks = benchmark_rows(results), next(iter(results.values()))["n-samples"]
+        unscored = [task for task in tasks if task not in {row["task"] for row in rows}]
+        if unscored:
+            logger.warning(f"The harness gave no score for {', '.join(unscored)}: see the metric_list of each.")
+        return {"harness": self.harness, "limit": self.limit, "rows": rows, "unscored": unscored}
+
+
+def _reason(error: Exception) -> str:
+    """Why a task cannot be loaded, on one line."""
+    reason = " ".join(str(error).split())[:200]
+    if isinstance(error, ConnectionError):
+        return f"{reason}. {OFFLINE}"
+    # A mapping names the missing key alone: as a rule a split.
+    missing = isinstance(error, KeyError) and " " not in reason
+    return f"there is no {reason} in its data or its file. Correct the split or key there." if missing else reason
+
+
+def _unknown_metrics(task: Any) -> list[str]:
+    """Metrics of a loaded task that the harness would pass over, or that it could not sum up."""
+    own = getattr(task.config, "process_results", None)
+    # The harness holds None for a metric that it has not found, but also for all where the task measures by itself.
+    tables = ({} if own else getattr(task, "_metric_fn_list", {})), task.aggregation()
+    absent = {name for functions in tables for name, function in functions.items() if function is None}
+    return sorted(absent - {"bypass"})
 
 
 def load_benchmarks(
@@ -120,7 +158,7 @@ def benchmark_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     for task, scores in first["results"].items():
         for key, value in scores.items():
             metric, _, name = key.partition(",")
-            if not name or metric.endswith("_stderr") or not isinstance(value, int | float):
+            if not name or metric.endswith("_stderr") or _plain(value) is None:
                 continue
             rows.append(
                 {
@@ -138,6 +176,12 @@ def benchmark_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _score(scores: dict[str, Any], metric: str, name: str) -> dict[str, float | None]:
-    stderr = scores.get(f"{metric}_stderr,{name}")
-    # The harness writes N/A where it knows none.
-    return {"value": scores[f"{metric},{name}"], "stderr": stderr if isinstance(stderr, int | float) else None}
+    # The standard error is N/A where the harness knows none.
+    return {"value": _plain(scores[f"{metric},{name}"]), "stderr": _plain(scores.get(f"{metric}_stderr,{name}"))}
+
+
+def _plain(value: Any) -> float | int | None:
+    """A number of any library as Python's own, since a scalar of numpy cannot go into a model card; else None."""
+    if not isinstance(value, Real):
+        return None
+    return int(value) if isinstance(value, Integral) else float(value)

@@ -35,7 +35,8 @@ from distill_trainer.evaluation.routing import RoutingRecord, true_token_answers
 from distill_trainer.evaluation.samples import choose_prompts, write_on
 from distill_trainer.evaluation.speed import measure_speed, prompt_ids
 from distill_trainer.evaluation.windows import checked_stride, evaluation_batches
-from distill_trainer.loading import load_causal_lm
+from distill_trainer.loading import check_positions, learned_positions, load_causal_lm
+from distill_trainer.validation import check_number
 
 NAME = (str, Path)
 # Attention differs little from window to window: so many batches, spread evenly, tell enough.
@@ -69,8 +70,8 @@ def evaluate_models(
 ) -> dict[str, Any]:
     """Report on a student and its teacher: likelihood per byte, cost, agreement and routing.
 
-    Every byte of the texts is scored once, in overlapping windows, see `evaluation_batches`; the same bytes for every
-    model. All speeds are measured in the widest dtype among the models.
+    Every byte of the texts that a window can hold is scored once, in overlapping windows, see `evaluation_batches`;
+    the same bytes for every model. All speeds are measured in the widest dtype among the models.
 
     Args:
         student: The distilled student, or its name or path. A model that is given by name is loaded to the device of
@@ -100,18 +101,21 @@ def evaluate_models(
         words separated by white space, scaled by the share of the texts' bytes that was scored.
 
     Raises:
-        ConfigurationError: If `stride` does not fit `max_length`.
-        DataError: If no window of the texts can be scored.
+        ConfigurationError: If `max_length`, `stride` or `batch_size` cannot work, or not with a model's positions.
+        DataError: If the texts are no list of strings, or no window of them can be scored.
     """
     start = time.perf_counter()
-    stride = checked_stride(stride, max_length)
+    check_number("max_length", max_length, least=2, whole=True)
+    check_number("batch_size", batch_size, least=1, whole=True)
+    sizes = {"max_length": max_length, "stride": checked_stride(stride, max_length), "batch_size": batch_size}
     devices = [model.device for model in (student, teacher) if not isinstance(model, NAME)]
     device = devices[0] if devices else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     given = {"student": student, "teacher": teacher, "student_before": student_before, "baseline": baseline}
     folders = {role: _weights_folder(role, model) for role, model in given.items()}
     student, teacher = _loaded(student, device), _loaded(teacher, device)
+    check_positions(student, max_length)
     batches, data = evaluation_batches(
-        texts, student_tokenizer, teacher_tokenizer, max_length=max_length, stride=stride, batch_size=batch_size
+        texts, student_tokenizer, teacher_tokenizer, **sizes, teacher_positions=learned_positions(teacher)
     )
     others = {"student_before": student_before, "baseline": baseline}
     students = {

@@ -1,11 +1,14 @@
 """Held-out documents as overlapping windows: every byte is scored once, behind as much of the text as a window holds.
 
+Left out are bytes that no window can hold together with text before them.
+
 The scheme is that of https://huggingface.co/docs/transformers/perplexity (a sliding window with a stride), with both
 cuts of a window at anchors, so that two tokenizers see and score the same text.
 """
 
+import hashlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from distill_trainer.alignment import merge_ends
-from distill_trainer.data import EMPTY, SHORT, DistillationCollator, special_prefix
+from distill_trainer.data import EMPTY, SHORT, DistillationCollator, check_teacher_length, special_prefix
 from distill_trainer.errors import ConfigurationError, DataError
 from distill_trainer.tokens import encode
 
@@ -162,6 +165,24 @@ def collate_windows(rows: list[dict[str, Any]], collator: DistillationCollator) 
     return batch
 
 
+def _check_texts(texts: object) -> None:
+    """Raise unless `texts` is a collection of strings; a single one would be a collection of its characters."""
+    if isinstance(texts, str | bytes) or not isinstance(texts, Collection):
+        raise DataError(f"texts must be a list of documents, got {type(texts).__name__}. Put a single text in a list.")
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"texts must hold strings only, got {type(text).__name__} as document {number}.")
+
+
+def texts_hash(texts: Sequence[str]) -> str:
+    """SHA-256 of the documents and of where each of them ends, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for text in texts:
+        content = text.encode("utf-8", "surrogatepass")
+        digest.update(len(content).to_bytes(8, "big") + content)
+    return digest.hexdigest()
+
+
 def evaluation_batches(
     texts: Sequence[str],
     student_tokenizer: PreTrainedTokenizerBase,
@@ -170,6 +191,7 @@ def evaluation_batches(
     max_length: int,
     stride: int,
     batch_size: int,
+    teacher_positions: int | None = None,
 ) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
     """The texts as collated batches, and what was counted.
 
@@ -180,15 +202,19 @@ def evaluation_batches(
         max_length: Longest window, in student tokens.
         stride: Student tokens that a window scores, but for the first of a document, which scores all of its own.
         batch_size: Windows per batch.
+        teacher_positions: Teacher tokens that a window may have at most. None: any number.
 
     Returns:
-        Batches of `collate_windows`, and `eval_documents`, `eval_bytes`, `scored_bytes`, `anchor_fraction`, `dropped`
-        (documents without text, and documents of which nothing can be scored), `eval_max_length`, `eval_stride`.
+        Batches of `collate_windows`, and `eval_documents`, `eval_bytes`, `eval_sha256` (see `texts_hash`),
+        `scored_bytes`, `anchor_fraction`, `dropped` (documents without text, and documents of which nothing can be
+        scored), `eval_max_length`, `eval_stride`.
 
     Raises:
-        DataError: If nothing can be scored.
+        ConfigurationError: If `max_length` is too small to score anything, or too large for `teacher_positions`.
+        DataError: If there is nothing to score, or `texts` is no list of strings.
         TokenizerError: If the tokenizers cannot be aligned.
     """
+    _check_texts(texts)
     if not any(texts):
         raise DataError("texts must hold at least one document with text, got none. Raise validation_fraction.")
     tokenizers = student_tokenizer, teacher_tokenizer
@@ -196,7 +222,7 @@ def evaluation_batches(
     # Without something before it, a model has no belief about a document's first token: then no model is asked.
     first = 0 if all(prefixes[:2]) else 1
     rows: list[dict[str, Any]] = []
-    tokens = anchors = 0
+    tokens = anchors = scorable = 0
     dropped = {EMPTY: sum(not text for text in texts), SHORT: 0}
     for text in filter(None, texts):
         document = EncodedDocument.of(text, *tokenizers)
@@ -206,13 +232,21 @@ def evaluation_batches(
         dropped[SHORT] += not windows
         rows += windows
         tokens, anchors = tokens + len(document.student_ids), anchors + len(document.boundaries) - 1
+        scorable += max(len(document.boundaries) - 1 - first, 0)
+    if scorable and not rows:
+        raise ConfigurationError(
+            f"max_length must be larger to score the held-out text, got {max_length}: no window of so many student "
+            "tokens reaches from one place where both tokenizers cut to the next, with text before it."
+        )
     if not rows:
         raise DataError(f"None of the {len(texts)} documents holds text that can be scored: they are too short.")
+    check_teacher_length(rows, max_length, teacher_positions)
     collator = DistillationCollator(*tokenizers)
     batches = [collate_windows(rows[n : n + batch_size], collator) for n in range(0, len(rows), batch_size)]
     return batches, {
         "eval_documents": len(texts),
         "eval_bytes": sum(len(text.encode("utf-8", "surrogatepass")) for text in texts),
+        "eval_sha256": texts_hash(texts),
         "scored_bytes": sum(row["scored_bytes"] for row in rows),
         "dropped": dropped,
         "anchor_fraction": anchors / tokens,

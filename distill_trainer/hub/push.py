@@ -1,7 +1,5 @@
 """The upload of a run's bare student with its card, report and settings: `python -m distill_trainer.hub push`."""
 
-import json
-import re
 import shlex
 import sys
 import time
@@ -9,22 +7,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from distill_trainer.errors import ConfigurationError, DistillationError
+from distill_trainer.hub.folder import CARD, STUDENT_FILES, card_for, check_student
 from distill_trainer.parsing import SETTINGS_FILE, OneLineParser
 
-WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-CARD = "README.md"
-# Patterns, relative to a run's folder, of all that is published. `*` also crosses `/`, as in all of huggingface_hub.
-STUDENT_FILES = (
-    *("config.json", "generation_config.json", *WEIGHT_FILES),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
-    *("chat_template.jinja", "additional_chat_templates/*.jinja", CARD, SETTINGS_FILE, "report/*"),
-)
 # What an earlier push may have left that would change how this student loads, beside the files above.
 FOREIGN_FILES = ("adapter_*",)
+# Files that tell a model, which is another's where no push of this package has put the settings beside it.
+MODEL_FILES = {"config.json", "adapter_config.json"}
+NO_SETTINGS = (
+    b"# distill_trainer pushed this student without the settings of its run: during training, or from Python.\n"
+)
 RETRY_WAITS = (1, 3)
 
 
@@ -39,7 +32,8 @@ def push_student(
 ) -> str:
     """URL of the Hub repository that now holds the student, its card, report and settings, as in `folder`.
 
-    Only `STUDENT_FILES` are sent, in one commit: a push that is cut off leaves the repository as it was. What the
+    Only `STUDENT_FILES` are sent, in one commit: a push that is cut off leaves the repository as it was. Where the
+    folder has no settings, a comment stands in their place, by which the next push knows the repository. What the
     repository has under these names and this student has not is deleted, but for the card, and so are adapters, with
     which another model would load. Where the card names the folder, the pushed one names the repository.
 
@@ -53,36 +47,40 @@ def push_student(
         commit_message: First line of the commit.
 
     Raises:
-        ConfigurationError: If the folder holds no student, or the name or the token cannot work.
+        ConfigurationError: If the folder holds no student, the name or the token cannot work, or the repository holds
+            a model that this package has not pushed.
         DistillationError: If the Hub fails or cannot be reached, after retries.
     """
     folder = Path(folder)
-    _check_student(folder)
+    check_student(folder)
     repo_id = repo_id or folder.resolve().name
     token = _found_token(token, repo_id)
     for path in (folder / CARD, folder / SETTINGS_FILE, *sorted((folder / "report").rglob("*"))):
         if path.is_file() and token.encode() in path.read_bytes():
             raise ConfigurationError(f"{path} must not hold the token, since it is published. Remove the token there.")
 
-    def upload(api: Any) -> str:
-        return _upload(api, folder, _writable(api, repo_id, private), private, revision, commit_message)
+    again = ["python", "-m", "distill_trainer.hub", "push", str(folder), repo_id]
+    again += [*(["--private"] if private else []), *(["--revision", revision] if revision else [])]
+    mend = f"Push the run again: {shlex.join(again)}"
+    # Asked once: a branch that the upload has created from another model would look like one on a second try.
+    repo_id = _asked(lambda api: _writable(api, repo_id, private, revision), repo_id, token, mend)
+    return _asked(lambda api: _upload(api, folder, repo_id, private, revision, commit_message), repo_id, token, mend)
 
-    again = ["python", "-m", "distill_trainer.hub", "push", str(folder), repo_id, *(["--private"] if private else [])]
-    return _asked(upload, repo_id, token, f"Push the run again: {shlex.join(again)}")
 
-
-def check_access(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
+def check_access(
+    repo_id: str, *, token: str | None = None, private: bool | None = None, revision: str | None = None
+) -> str:
     """`repo_id` with its namespace, if a push to it can work as far as the Hub tells before one; nothing is written.
 
     Args:
-        repo_id: See `push_student`, and so `token` and `private`.
+        repo_id: See `push_student`, and so `token`, `private` and `revision`.
 
     Raises:
-        ConfigurationError: If the name, the token or `private` cannot work.
+        ConfigurationError: If the name, the token or `private` cannot work, or the repository holds another model.
         DistillationError: If the Hub fails or cannot be reached, after retries.
     """
     mend = "Try later, or train without push_to_hub and push the run afterwards."
-    return _asked(lambda api: _writable(api, repo_id, private), repo_id, _found_token(token, repo_id), mend)
+    return _asked(lambda api: _writable(api, repo_id, private, revision), repo_id, _found_token(token, repo_id), mend)
 
 
 def _found_token(token: str | None, repo_id: str) -> str:
@@ -119,9 +117,8 @@ def _asked(question: Callable[[Any], str], repo_id: str, token: str, mend: str) 
             time.sleep(wait)
 
 
-def _writable(api: Any, repo_id: str, private: bool | None) -> str:
-    """`repo_id` with its namespace, unless the account cannot write there."""
-    from huggingface_hub.errors import RepositoryNotFoundError
+def _writable(api: Any, repo_id: str, private: bool | None, revision: str | None) -> str:
+    """`repo_id` with its namespace, unless the account cannot or should not write there."""
     from huggingface_hub.utils import validate_repo_id
 
     validate_repo_id(repo_id)
@@ -138,43 +135,30 @@ def _writable(api: Any, repo_id: str, private: bool | None) -> str:
             f"The repository must be under {' or '.join(own)}, where the token may write, got {repo_id}. Give another "
             "name, or the token of an account that may write there."
         )
-    if private:
-        try:
-            public = not api.model_info(repo_id).private
-        except RepositoryNotFoundError:
-            public = False
-        if public:
-            raise ConfigurationError(
-                f"{repo_id} must be private or new to push to it privately, but it exists and is public. Make it "
-                "private in its settings on the Hub, or choose another name."
-            )
+    public, there = _found(api, repo_id, revision)
+    if private and public:
+        raise ConfigurationError(
+            f"{repo_id} must be private or new to push to it privately, but it exists and is public. Make it "
+            "private in its settings on the Hub, or choose another name."
+        )
+    if MODEL_FILES & there and SETTINGS_FILE not in there:
+        raise ConfigurationError(
+            f"{repo_id} must not hold a model that this package has not pushed, but it has "
+            f"{min(MODEL_FILES & there)} without {SETTINGS_FILE}. Choose another hub_model_id, or delete it there."
+        )
     return repo_id
 
 
-def _check_student(folder: Path) -> None:
-    if not folder.is_dir():
-        raise ConfigurationError(f"folder must be one that exists, got {folder}. Give the output folder of a run.")
-    index = folder / "model.safetensors.index.json"
-    text = index.read_text(encoding="utf-8", errors="replace") if index.is_file() else ""
-    shards = set(re.findall(r"model-[^\"]+\.safetensors", text))
-    needed = ("config.json", "tokenizer_config.json", *(sorted(shards) or WEIGHT_FILES[:1]))
-    missing = [name for name in needed if not (folder / name).is_file()]
-    if missing:
-        adapter = (folder / "adapter_config.json").is_file()
-        mend = "Merge its LoRA adapter with export_student first." if adapter else "Give the output folder of a run."
-        raise ConfigurationError(f"folder must hold a student, got {folder} without {', '.join(missing)}. {mend}")
-    for name in (*needed, CARD):
-        path = folder / name
-        try:
-            if path.suffix == ".safetensors":
-                with safe_open(path, framework="pt"):
-                    pass
-            elif path.suffix == ".json":
-                json.loads(path.read_text(encoding="utf-8"))
-            elif path.is_file():
-                path.read_text(encoding="utf-8")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ConfigurationError(f"{path} is damaged: {error}. Train again, or give another folder.") from error
+def _found(api: Any, repo_id: str, revision: str | None) -> tuple[bool, set[str]]:
+    """Whether a repository exists and is public, and the files of its branch if that exists."""
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    public = False
+    try:
+        public = not api.model_info(repo_id).private
+        return public, set(api.list_repo_files(repo_id, revision=revision))
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return public, set()
 
 
 def _upload(api: Any, folder: Path, repo_id: str, private: bool | None, revision: str | None, message: str) -> str:
@@ -189,24 +173,14 @@ def _upload(api: Any, folder: Path, repo_id: str, private: bool | None, revision
     there = api.list_repo_files(repo_id, revision=revision)
     ours = set(filter_repo_objects(there, allow_patterns=[*STUDENT_FILES, *FOREIGN_FILES]))
     operations = [
-        CommitOperationAdd(name, _card_for(folder, repo_id) if name == CARD else folder / name) for name in sent
+        CommitOperationAdd(name, card_for(folder, repo_id) if name == CARD else folder / name) for name in sent
     ]
+    if SETTINGS_FILE not in sent:
+        operations.append(CommitOperationAdd(SETTINGS_FILE, NO_SETTINGS))
     # An old single file would win over new shards, an adapter or a template over what this student has.
-    operations += [CommitOperationDelete(name) for name in sorted(ours - {*sent, CARD})]
+    operations += [CommitOperationDelete(name) for name in sorted(ours - {*sent, CARD, SETTINGS_FILE})]
     api.create_commit(repo_id, operations, commit_message=message, revision=revision)
     return f"{url}/tree/{revision}" if revision else url
-
-
-def _card_for(folder: Path, repo_id: str) -> bytes:
-    """The folder's card, with the repository's name where the run wrote that of its folder, which may have moved."""
-    card = (folder / CARD).read_text(encoding="utf-8")
-    found = re.search(r'from_pretrained\("([^"/]+)"\)', card)
-    if found is None:
-        return card.encode()
-    name = found[1]
-    card = card.replace(f'from_pretrained("{name}")', f'from_pretrained("{repo_id}")')
-    title = repo_id.split("/")[1]
-    return re.sub(rf"^(# |- name: ){re.escape(name)}$", rf"\g<1>{title}", card, flags=re.MULTILINE).encode()
 
 
 def _hub_error(cause: BaseException, status: int | None, repo_id: str, mend: str) -> DistillationError:
@@ -226,9 +200,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     push.add_argument("folder", metavar="RUN_DIR", help="Output folder of a run.")
     push.add_argument("repo_id", metavar="REPO", nargs="?", help="name or namespace/name; default: the folder's name.")
     push.add_argument("--private", action="store_true", default=None, help="Make a new repository private.")
+    push.add_argument("--revision", metavar="BRANCH", help="Branch to write, created if missing; default: main.")
     options = parser.parse_args(arguments)
     try:
-        url = push_student(options.folder, options.repo_id, private=options.private)
+        url = push_student(options.folder, options.repo_id, private=options.private, revision=options.revision)
     except DistillationError as error:
         parser.error(str(error))
     sys.stdout.write(f"{url}\n")

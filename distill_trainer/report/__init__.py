@@ -2,6 +2,6 @@
 
 from distill_trainer.report.build import write_report
 from distill_trainer.report.compare import main
-from distill_trainer.report.wording import headline_table
+from distill_trainer.report.terminal import headline_table
 
 __all__ = ["headline_table", "main", "write_report"]

@@ -18,9 +18,16 @@ HEADER = (
     *("run", "before", "no teacher", "distilled", "teacher", "gap closed", "same first", "parameters", "text/s"),
     *("training bytes", "seconds"),
 )
-SAME_TEXT = "All runs were scored on as many bytes of held-out text. Bits per byte, lower is better."
+# What must be equal for bits per byte to compare: the text, what was scored of it, and behind how much context.
+SCOPE = ("eval_sha256", "scored_bytes", "eval_max_length", "eval_stride")
+SAME_TEXT = "All runs were scored on the same held-out text, in windows alike. Bits per byte, lower is better."
 OTHER_TEXT = (
-    "The runs were scored on different held-out text: their bits per byte compare within a run only, not between runs."
+    "The runs were scored on different held-out text, or in different windows of it: their bits per byte compare "
+    "within a run only, not between runs."
+)
+UNKNOWN_TEXT = (
+    "At least one report, of an older version, does not say which text its run was scored on: whether bits per byte "
+    "compare between the runs cannot be told."
 )
 Run = tuple[str, dict[str, Any]]
 
@@ -45,6 +52,11 @@ def read_run(path: str | Path) -> dict[str, Any]:
         raise DataError(f"{found} cannot be read as a report: {' '.join(str(error).split())}") from error
     if not isinstance(report, dict) or report.get("schema") != 1 or not isinstance(report.get("student"), dict):
         raise DataError(f"{found} is no report of schema 1. Run the evaluation again with this version.")
+    if "bits_per_byte" not in report["student"]:
+        raise DataError(f"{found} is damaged: its student has no bits_per_byte. Run the evaluation again.")
+    for part in ("teacher", "student_before", "baseline", "retention", "data", "environment"):
+        if not isinstance(report.get(part), dict | None):
+            raise DataError(f"{found} is damaged: {part} is no mapping. Run the evaluation again.")
     try:
         text_page([(str(path), report)])
     except (TypeError, ValueError, AttributeError) as error:
@@ -71,8 +83,10 @@ def run_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
 
 def scope(runs: Sequence[Run]) -> str:
     """One sentence: do the runs' bits per byte compare?"""
-    scored = {(report.get("data") or {}).get("scored_bytes") for _, report in runs}
-    return SAME_TEXT if len(scored) == 1 and None not in scored else OTHER_TEXT
+    found = [{(report.get("data") or {}).get(key) for _, report in runs} for key in SCOPE]
+    if any(len(values - {None}) > 1 for values in found):
+        return OTHER_TEXT
+    return UNKNOWN_TEXT if any(None in values for values in found) else SAME_TEXT
 
 
 def text_page(runs: Sequence[Run]) -> str:

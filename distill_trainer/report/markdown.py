@@ -55,8 +55,13 @@ def markdown_page(report: dict[str, Any], plots: Sequence[Plot]) -> str:
         parts += [title, _table(deciles[0], deciles[1:]), plain(decile_note(report))]
     if bins := reliability_rows(report):
         parts += ["## Reliability of the capacity", _table(RELIABILITY_HEADER, bins), RELIABILITY_NOTE]
-    if benchmarks := benchmark_table(report):
-        parts += ["## Benchmarks", _table(benchmarks[0], benchmarks[1:]), plain(benchmark_note(report))]
+    if explanation := benchmark_note(report):
+        benchmarks = benchmark_table(report)
+        parts += [
+            "## Benchmarks",
+            *([_table(benchmarks[0], benchmarks[1:])] if benchmarks else []),
+            plain(explanation),
+        ]
     for name, (title, _) in BREAKDOWNS.items():
         if groups := breakdown_table(report, name):
             parts += [f"## Retention: {title[0].lower()}{title[1:]}", _table(groups[0], groups[1:])]

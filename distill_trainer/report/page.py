@@ -99,8 +99,9 @@ def _headline(report: dict[str, Any]) -> str:
 
 
 def _benchmarks(report: dict[str, Any]) -> str:
-    rows = benchmark_table(report)
-    return f"<h2>Benchmarks</h2>{table(rows[0], rows[1:])}{note(benchmark_note(report))}" if rows else ""
+    rows, explanation = benchmark_table(report), benchmark_note(report)
+    shown = table(rows[0], rows[1:]) if rows else ""
+    return f"<h2>Benchmarks</h2>{shown}{note(explanation)}" if explanation else ""
 
 
 def _tiles(report: dict[str, Any]) -> str:

@@ -162,13 +162,15 @@ def _with_error(score: dict[str, float | None]) -> str:
 
 
 def benchmark_note(report: dict[str, Any]) -> str:
-    """By what the benchmarks were measured, and on how much of them; empty without them."""
-    benchmarks = report.get("benchmarks")
-    if not benchmarks:
+    """By what the benchmarks were measured, on how much of them, and which have no score; empty without them."""
+    benchmarks = report.get("benchmarks") or {}
+    unscored = ", ".join(benchmarks.get("unscored") or [])
+    if not unscored and not benchmarks.get("rows"):
         return ""
     limit = benchmarks.get("limit")
     part = "" if limit is None else f" Only the first {number(limit)} examples of each task: not a published figure."
-    return f"Measured by EleutherAI's lm_eval {benchmarks['harness']}, ± standard error.{part}"
+    absent = f" It gave no score for {unscored}." if unscored else ""
+    return f"Measured by EleutherAI's lm_eval {benchmarks['harness']}, ± standard error.{part}{absent}"
 
 
 def reliability_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -217,30 +217,20 @@ def router_sentence(report: dict[str, Any]) -> str:
     )
 
 
+def unscored_sentence(report: dict[str, Any]) -> str:
+    """One plain sentence: how much of the held-out text was not scored; empty if all was, or if it is not known."""
+    data = report.get("data") or {}
+    held_out, scored = data.get("eval_bytes"), data.get("scored_bytes")
+    if held_out is None or scored is None or scored >= held_out:
+        return ""
+    return (
+        f"{number(held_out - scored)} of {number(held_out)} held-out bytes were left out, for every model alike: no "
+        f"window of {number(data.get('eval_max_length'))} student tokens holds them, up to the next place where both "
+        "tokenizers cut, with text before them."
+    )
+
+
 def sentences(report: dict[str, Any]) -> list[str]:
     """What explains the verdict, leaving out what the report does not know."""
-    found = (case_sentence(report), steps_sentence(report), router_sentence(report))
+    found = (case_sentence(report), steps_sentence(report), router_sentence(report), unscored_sentence(report))
     return [sentence for sentence in found if sentence]
-
-
-def headline_table(report: dict[str, Any]) -> str:
-    """The report's headline as plain ASCII text for a terminal: one line per model, then the verdict.
-
-    Args:
-        report: In the schema of `evaluate_models`.
-    """
-    header = ("held-out text", "bits/byte", "word ppl", "parameters", "text/s")
-    lines = [header]
-    for role, figures in model_rows(report):
-        speed = short(figures.get("bytes_per_second"), "B")
-        costs = (perplexity(figures.get("word_perplexity")), short(figures.get("parameters")), speed)
-        lines.append((ROLES[role], number(figures["bits_per_byte"], 4), *costs))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = [
-        "  ".join(
-            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-        )
-        for line in lines
-    ]
-    rule = "-" * len(rows[0])
-    return "\n".join([rows[0], rule, *rows[1:], rule, verdict(report), *sentences(report)])

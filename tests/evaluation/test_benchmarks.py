@@ -1,15 +1,18 @@
 import importlib.util
 import json
 import math
+from functools import partial
 from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from builders import ASSETS, tiny_llama, tokenizer
 
 from distill_trainer.errors import ConfigurationError
 from distill_trainer.evaluation import benchmarks
-from distill_trainer.evaluation.benchmarks import Benchmarks, benchmark_rows, load_benchmarks
+from distill_trainer.evaluation.benchmarks import OFFLINE, Benchmarks, benchmark_rows, load_benchmarks
 from distill_trainer.loading import load_causal_lm
 
 EXAMPLES = [
@@ -40,8 +43,12 @@ needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, 
 
 
 @pytest.fixture
-def tasks(tmp_path):
-    """A folder with one task and its data."""
+def tasks(tmp_path, monkeypatch):
+    """A folder with one task and its data. The harness's own tasks, whose files take long to read, are left out."""
+    if importlib.util.find_spec("lm_eval"):
+        from lm_eval.tasks import TaskManager
+
+        monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     data = tmp_path / "next_word.jsonl"
     rows = [{"context": context, "choices": choices, "answer": answer} for context, choices, answer in EXAMPLES]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -111,6 +118,13 @@ def test_a_row_holds_one_metric_of_one_task_with_the_scores_of_all_students():
     ]
 
 
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.int64])
+def test_a_score_of_numpy_becomes_a_plain_number(kind):
+    (row, _) = benchmark_rows({"student": results(kind(1), kind(0))})
+    assert row["scores"] == {"student": {"value": 1, "stderr": 0}}
+    assert {type(value) for value in row["scores"]["student"].values()} <= {int, float}
+
+
 def test_without_tasks_the_harness_is_not_looked_for(monkeypatch):
     monkeypatch.setattr(benchmarks, "version", None)
     assert load_benchmarks(None) is None and load_benchmarks([]) is None
@@ -176,3 +190,66 @@ def test_tasks_that_cannot_run_are_refused_when_they_are_named(tasks):
     (tasks / "next_word.jsonl").unlink()
     with pytest.raises(ConfigurationError, match="lm_eval_tasks: the task next_word cannot be loaded: "):
         Benchmarks(["next_word"], str(tasks))
+
+
+REFUSED = {
+    "a name in a template": (
+        ("{{context}}", "{{contextx}}"),
+        "lm_eval_tasks: the task next_word cannot be loaded: 'contextx' is undefined",
+    ),
+    "a template that is no template": (("{{context}}", "{{context"), "the task next_word cannot be loaded: "),
+    "choices that are no list": (('"{{choices}}"', '"[{{context}}"'), "the task next_word cannot be loaded: "),
+    "an answer out of range": (("doc_to_target: answer", "doc_to_target: 7"), "the task next_word cannot be loaded: "),
+    "a split": (
+        ("test_split: test", "test_split: nope"),
+        "lm_eval_tasks: the task next_word cannot be loaded: there is no 'nope' in its data or its file. Correct the "
+        "split or key there.",
+    ),
+    "a metric": (
+        ("metric: acc", "metric: accx"),
+        "lm_eval_tasks: the task next_word must be measured by metrics and aggregations that the harness or evaluate "
+        "has, got accx. Correct metric_list in its file.",
+    ),
+    "an aggregation": (("aggregation: mean", "aggregation: average"), "evaluate has, got acc. Correct metric_list"),
+}
+
+
+@needs_harness
+@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_task_file_that_cannot_be_measured_is_refused_before_training(tasks, change, message):
+    path = tasks / "next_word.yaml"
+    assert path.read_text().count(change[0]) == 1
+    path.write_text(path.read_text().replace(*change))
+    with pytest.raises(ConfigurationError) as raised:
+        Benchmarks(["next_word"], str(tasks))
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+@needs_harness
+def test_a_task_that_measures_by_itself_may_call_its_metrics_as_it_likes(tasks):
+    (tasks / "own.py").write_text("def measure(doc, results):\n    return {'mine': 0.5}\n")
+    path = tasks / "next_word.yaml"
+    own = path.read_text().replace("metric: acc", "metric: mine") + "process_results: !function own.measure\n"
+    path.write_text(own)
+    loaded = Benchmarks([str(path)])
+    table = loaded.table({"student": loaded.run(tiny_llama(), tokenizer("student"), batch_size=2)})
+    assert [row["scores"]["student"]["value"] for row in table["rows"]] == [0.5] and table["unscored"] == []
+
+
+@needs_harness
+def test_data_that_no_network_reaches_say_how_to_get_them(tasks):
+    """The harness's own tasks take their data from the Hub, which the tests may not ask."""
+    path = tasks / "remote.yaml"
+    local = TASK.format(data="x").replace("dataset_path: json", "dataset_path: org/data")
+    path.write_text(local.replace("dataset_kwargs:\n  data_files:\n    test: x\n", ""))
+    with pytest.raises(ConfigurationError) as raised:
+        Benchmarks([str(path)])
+    assert str(raised.value).endswith(f". {OFFLINE}") and "org/data" in str(raised.value)
+
+
+def test_a_task_without_any_score_is_named(monkeypatch, caplog):
+    monkeypatch.setattr(benchmarks.logger, "propagate", True)
+    silent = results(0.5, 0.1) | {"n-samples": {"arc": {"effective": 40}, "silent": {"effective": 3}}}
+    silent["results"]["silent"] = {"alias": "silent", "sample_len": 0}
+    table = Benchmarks.table(SimpleNamespace(harness="0.4.13", limit=None), {"student": silent})
+    assert table["unscored"] == ["silent"] and "gave no score for silent" in caplog.text

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from builders import ASSETS, TEXTS, tiny_llama, tiny_moe, tiny_trainer, tokenizer
+from builders import ASSETS, TEXTS, tiny_gpt2, tiny_llama, tiny_moe, tiny_trainer, tokenizer
 
 from distill_trainer import evaluate_models
 from distill_trainer.aligned import RoutedBatch
@@ -364,6 +364,49 @@ def test_every_student_is_measured_on_the_benchmarks():
 def test_no_text_is_an_error_that_says_so(texts):
     with pytest.raises(DataError, match="texts must hold at least one document with text, got none"):
         evaluate(texts=texts)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("a text", "texts must be a list of documents, got str. Put a single text in a list."),
+        (None, "texts must be a list of documents, got NoneType."),
+        (["a", 1], "texts must hold strings only, got int as document 1."),
+        (["a", None], "texts must hold strings only, got NoneType as document 1."),
+    ],
+)
+def test_texts_that_are_no_list_of_strings_are_refused(texts, message):
+    with pytest.raises(DataError) as error:
+        evaluate(texts=texts)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be 1 or above, got 0."),
+        ({"batch_size": 1.5}, "batch_size must be a whole number, 1 or above, got 1.5."),
+        ({"max_length": 1}, "max_length must be 2 or above, got 1."),
+        ({"max_length": None}, "max_length must be 2 or above, got None."),
+    ],
+)
+def test_sizes_that_cannot_work_are_refused(sizes, message):
+    with pytest.raises(ConfigurationError) as error:
+        evaluate(**sizes)
+    assert str(error.value) == message
+
+
+def test_windows_longer_than_a_models_learned_positions_are_refused():
+    with pytest.raises(
+        ConfigurationError, match="max_length must be at most 64, the learned positions of the student"
+    ):
+        evaluate(student=tiny_gpt2("student"), max_length=65)
+    with pytest.raises(
+        ConfigurationError, match=r"^max_length must be smaller, got 64: a window .* has \d+ of the tea"
+    ):
+        evaluate(teacher=tiny_gpt2("teacher", positions=8), max_length=64)
+    report = evaluate(student=tiny_gpt2("student"), teacher=tiny_gpt2("teacher"), max_length=64)
+    assert report["student"]["bits_per_byte"] and report["teacher"]["bits_per_byte"]
 
 
 def test_a_text_of_one_token_is_scored_too():

@@ -228,11 +228,36 @@ LOGPROBS, SHARES = [[math.log(0.5)] * 2], [[0.5, 0.5]]
         ("attention_similarity", SHARES, [[0.5, 0.2, 0.3]], "Row 0 has 2 spans in predictions and 3 in references"),
         ("attention_similarity", SHARES, [[2.0, 1.0]], "Row 0 of references must be shares that sum to 1, got 3"),
         ("attention_similarity", [[1.5, -0.5]], SHARES, "Row 0 of predictions must be shares"),
+        ("attention_similarity", [[]], [[]], "Row 0 of predictions must be shares"),
+        ("attention_similarity", [], [], "predictions must hold at least one row, got none."),
+        ("bits_per_byte", [1.0, -3.0], [3, 3], "Row 1 of predictions must be 0 nats or more, got -3.0."),
+        ("bits_per_byte", [math.nan], ["text"], "Row 0 of predictions must be 0 nats or more, got nan."),
+        ("bits_per_byte", [1.0, 2.0], [6, -3], "Row 1 of references must be a number of bytes, 0 or more, got -3"),
+        ("bits_per_byte", [1.0, 2.0], [2.0, 1.5], "Row 1 of references must be a number of bytes, 0 or more, got 1.5"),
+        ("bits_per_byte", [1.0], [math.nan], "Row 0 of references must be a number of bytes, 0 or more, got nan"),
+        ("bits_per_byte", [], [], "predictions must hold the likelihood of at least one text, got none."),
+        ("perplexity", [1.0, -3.0], [3.0, 3.0], "Row 1 of predictions must be 0 nats or more, got -3.0."),
+        ("perplexity", [math.nan], ["a text"], "Row 0 of predictions must be 0 nats or more, got nan."),
+        ("perplexity", [1.0, 2.0], [2.0, -1.0], "Row 1 of references must be 0 units or more, got -1.0."),
+        ("perplexity", [1.0], [math.nan], "Row 0 of references must be 0 units or more, got nan."),
+        ("perplexity", [], [], "predictions must hold the likelihood of at least one text, got none."),
+        (
+            "compression",
+            [FIGURES],
+            [{"parameters": 6, "size_mb": 1.0}],
+            "Row 0 of references must have bytes_per_second, generated_bytes_per_second, got parameters, size_mb.",
+        ),
     ],
 )
 def test_what_is_no_input_of_a_metric_is_refused(load, name, predictions, references, message):
     with pytest.raises(ValueError, match=message):
         load(name).compute(predictions=predictions, references=references)
+
+
+@pytest.mark.parametrize("bits", [{"before": 1.0}, {"before": 1.0, "after": 1.0, "teacher": 1.0, "x": 1.0}, {}])
+def test_bits_per_byte_of_other_models_than_three_are_refused(load, bits):
+    with pytest.raises(ValueError, match="bits_per_byte must have before, after and teacher, got (before|none)"):
+        load("knowledge_retention").compute(predictions=LOGPROBS, references=LOGPROBS, bits_per_byte=bits)
 
 
 def test_the_likelihoods_of_texts_give_bits_per_byte_and_word_perplexity_together(load):

@@ -18,6 +18,7 @@ from distill_trainer.evaluation.windows import (
     document_windows,
     evaluation_batches,
     plan_spans,
+    texts_hash,
 )
 
 TOKENIZERS = tokenizer("student"), tokenizer("teacher")
@@ -213,6 +214,24 @@ def test_a_tokenizers_own_beginning_stands_before_every_window():
     assert len(rows) > 3 and all(row["input_ids"][0] == row["teacher_input_ids"][0] == 5 for row in rows)
     assert rows[0]["student_positions"][0] == 0 and rows[1]["student_positions"][0] == 1
     assert document_prefix(loaded) == [5]
+
+
+def test_the_hash_is_that_of_the_documents_in_their_order_and_with_their_ends():
+    others = [["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"], ["ab", "d"], ["ab", "c", ""], ["\ud800"]]
+    assert len({texts_hash(texts) for texts in others}) == len(others)
+    assert batches_of()[1]["eval_sha256"] == texts_hash(list(TEXTS)) == batches_of(max_length=32)[1]["eval_sha256"]
+
+
+def test_bytes_between_cuts_too_far_apart_are_not_scored_and_a_length_that_fits_nothing_is_to_blame():
+    scored = {length: batches_of([LONG], length, 1)[1]["scored_bytes"] for length in (3, 4, 8)}
+    assert 0 < scored[3] < scored[4] < scored[8] == len(LONG.encode())
+    with pytest.raises(
+        ConfigurationError, match="max_length must be larger to score the held-out text, got 1: no win"
+    ):
+        batches_of([LONG], 1, 1)
+    # The same where nothing stands before a document.
+    with pytest.raises(ConfigurationError, match="max_length must be larger to score"):
+        batches_of([LONG], 1, 1, tokenizers=tuple(map(without_separators, TOKENIZERS)))
 
 
 @pytest.mark.parametrize("stride", [0, -1, 17])

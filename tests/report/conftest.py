@@ -166,6 +166,7 @@ def report():
             "train_bytes": 1_912_345,
             "eval_documents": 12,
             "eval_bytes": 402_113,
+            "eval_sha256": "5f" * 32,
             "scored_bytes": 402_113,
             "eval_max_length": 128,
             "eval_stride": 64,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from read_page import Page
 
-from distill_trainer.report.compare import HEADER, OTHER_TEXT, SAME_TEXT, main
+from distill_trainer.report.compare import HEADER, OTHER_TEXT, SAME_TEXT, UNKNOWN_TEXT, main
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,12 +48,36 @@ def test_the_report_folder_and_the_file_are_runs_as_well(runs, capsys):
     assert [row.split()[3] for row in rows] == ["2.2758", "2.1111"]
 
 
-def test_runs_on_other_text_are_said_not_to_compare(runs, capsys):
-    path = runs / "second/report/report.json"
-    changed = json.loads(path.read_text())
-    changed["data"]["scored_bytes"] += 1
-    path.write_text(json.dumps(changed))
-    assert OTHER_TEXT in printed(capsys, "first", "second")
+@pytest.fixture
+def scope_with(runs, capsys):
+    """The sentence on what compares, with other values in the data of some of the runs."""
+
+    def scope_with(changes, names=("second",)):
+        for name in names:
+            path = runs / name / "report/report.json"
+            changed = json.loads(path.read_text())
+            changed["data"] |= changes
+            path.write_text(json.dumps(changed))
+        return printed(capsys, "first", "second").splitlines()[5]
+
+    return scope_with
+
+
+@pytest.mark.parametrize(
+    "change", [{"eval_sha256": "a0" * 32}, {"scored_bytes": 402_112}, {"eval_max_length": 64}, {"eval_stride": 1}]
+)
+def test_runs_on_other_text_or_in_other_windows_are_said_not_to_compare(scope_with, change):
+    assert scope_with(change) == OTHER_TEXT
+
+
+@pytest.mark.parametrize("key", ["eval_sha256", "scored_bytes", "eval_max_length", "eval_stride"])
+@pytest.mark.parametrize("names", [("second",), ("first", "second")])
+def test_a_report_that_does_not_say_what_was_scored_leaves_it_open(scope_with, key, names):
+    assert scope_with({key: None}, names) == UNKNOWN_TEXT
+
+
+def test_a_report_without_the_texts_hash_but_of_other_length_is_of_other_text(scope_with):
+    assert scope_with({"eval_sha256": None, "scored_bytes": 1}) == OTHER_TEXT
 
 
 def test_a_page_is_written_when_asked_for(runs, capsys):
@@ -72,6 +96,12 @@ REFUSED = {
     "text for a number": (["first", "text.json"], "text.json is damaged: "),
     "a list for a number": (["first", "bytes.json"], "bytes.json is damaged: "),
     "a list for a mapping": (["first", "data.json"], "data.json is damaged: "),
+    "an empty list for a mapping": (
+        ["first", "environment.json"],
+        "environment.json is damaged: environment is no map",
+    ),
+    "no model": (["first", "baseline.json"], "baseline.json is damaged: baseline is no mapping."),
+    "a student without figures": (["first", "empty.json"], "empty.json is damaged: its student has no bits_per_byte."),
     "a list": (["first", "list.json"], "list.json is no report of schema 1."),
     "not a page": (["first", "second", "--output", "runs.pdf"], "--output must end in .html, got runs.pdf."),
     "no such place": (["first", "second", "--output", "no/x.html"], "--output cannot be written to no/x.html"),
@@ -81,11 +111,14 @@ REFUSED = {
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_compared_is_refused_in_one_line(runs, capsys, arguments, message):
-    good = '{"schema": 1, "student": {}, '
+    good = '{"schema": 1, "student": {"bits_per_byte": 2.0}, '
     damaged = {
         "text": '"student": {"bits_per_byte": "a"}}',
         "bytes": '"data": {"scored_bytes": [1]}}',
         "data": '"data": [1]}',
+        "environment": '"environment": []}',
+        "baseline": '"baseline": 0}',
+        "empty": '"student": {}}',
     }
     contents = {"broken": '{"schema', "other": '{"schema": 2}', "list": "[1]"}
     contents |= {name: good + content for name, content in damaged.items()}

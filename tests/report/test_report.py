@@ -30,6 +30,7 @@ from distill_trainer.report.wording import (
     sentences,
     short,
     steps_sentence,
+    unscored_sentence,
     verdict,
 )
 
@@ -116,6 +117,7 @@ def test_pages_list_the_single_figures_and_the_command(report):
         assert all(figure in text for figure in expected)
         assert "run_distillation.py configs/demo.yaml --seed 0" in text
         assert "dropped: short windows" in text and "torch 2.13.0" in text and "wandb" not in text
+        assert "402,113" in text and report["data"]["eval_sha256"] not in text
 
 
 def test_pages_show_the_benchmarks_of_all_students(report):
@@ -135,6 +137,14 @@ def test_pages_show_the_benchmarks_of_all_students(report):
         assert "lm_eval 0.4.13" in text and "Only the first" not in text
     report["benchmarks"]["limit"] = 1000
     assert "Only the first 1,000 examples of each task" in benchmark_note(report)
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+def test_a_task_without_a_score_is_named(report, rows):
+    report["benchmarks"] |= {"unscored": ["silent", "mute"], "rows": report["benchmarks"]["rows"][:rows]}
+    for text in (Page(html_page(report, [])).text, markdown_page(report, [])):
+        assert "Benchmarks" in text and "It gave no score for silent, mute." in text
+        assert ("arc_easy" in text) is (rows > 0)
 
 
 def test_without_benchmarks_the_pages_do_not_speak_of_them(report):
@@ -307,6 +317,20 @@ def test_trainings_that_ran_to_the_end_are_not_told_apart(report):
     whole = {"ended": 480, "scored": 480}
     report["data"]["steps"] = {"planned": 480, "student": whole, "baseline": whole}
     assert steps_sentence(report) == "" and "on the same batches" in verdict(report)
+
+
+def test_bytes_that_were_not_scored_are_told_on_every_page(report):
+    assert unscored_sentence(report) == ""
+    report["data"] |= {"scored_bytes": 401_000, "eval_max_length": 8}
+    words = (
+        "1,113 of 402,113 held-out bytes were left out, for every model alike: no window of 8 student tokens holds "
+        "them, up to the next place where both tokenizers cut, with text before them."
+    )
+    assert unscored_sentence(report) == words
+    for text in (Page(html_page(report, [])).text, markdown_page(report, []), headline_table(report)):
+        assert words in text
+    report["data"] = {"scored_bytes": 401_000}
+    assert unscored_sentence(report) == ""
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from distill_trainer.report.plots import draw_plots
 from distill_trainer.report.router import GAP_STEPS, MAX_EXPERT_ROWS, busiest
 from distill_trainer.report.series import Plot
 from distill_trainer.report.style import EXPERT_COLORS, STYLE
-from distill_trainer.report.wording import headline_table
+from distill_trainer.report.terminal import headline_table
 
 NEW_KEYS = ("layers", "token_classes", "reliability", "calibration_error", "examples")
 

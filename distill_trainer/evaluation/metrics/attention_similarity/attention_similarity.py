@@ -51,13 +51,15 @@ class AttentionSimilarity(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
+        if not predictions:
+            raise ValueError("predictions must hold at least one row, got none.")
         values = []
         for number, (p, q) in enumerate(zip(predictions, references, strict=True)):
             if len(p) != len(q):
                 raise ValueError(f"Row {number} has {len(p)} spans in predictions and {len(q)} in references.")
             student, teacher = torch.tensor([p]), torch.tensor([q])
             for name, row in (("predictions", student), ("references", teacher)):
-                if not (row.min() >= 0 and abs(row.sum() - 1) < 0.05):
+                if not (row.numel() and row.min() >= 0 and abs(row.sum() - 1) < 0.05):
                     raise ValueError(f"Row {number} of {name} must be shares that sum to 1, got {row.sum():.4g}.")
             values.append(similarity_per_row(student, teacher))
         return {"similarity": torch.cat(values).mean().item()}

@@ -35,7 +35,8 @@ class BitsPerByte(evaluate.Metric):
     """`bits_per_byte` over all added texts."""
 
     def _info(self):
-        nats, counts = datasets.Value("float64"), (datasets.Value("string"), datasets.Value("int64"))
+        # As int64 a fraction of a byte would be cut off before anyone sees it.
+        nats, counts = datasets.Value("float64"), (datasets.Value("string"), datasets.Value("float64"))
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation="https://huggingface.co/papers/2101.00027 (section 3.1)",
@@ -43,6 +44,17 @@ class BitsPerByte(evaluate.Metric):
             features=[datasets.Features({"predictions": nats, "references": count}) for count in counts],
         )
 
+    def add_batch(self, *, predictions=None, references=None, **kwargs):
+        """As `evaluate` does, which fails on a first batch without a row."""
+        if predictions is not None and len(predictions) == 0:
+            raise ValueError("predictions must hold the likelihood of at least one text, got none.")
+        super().add_batch(predictions=predictions, references=references, **kwargs)
+
     def _compute(self, predictions, references):
-        num_bytes = sum(len(text.encode("utf-8")) if isinstance(text, str) else text for text in references)
-        return {"bits_per_byte": bits_per_byte(sum(predictions), num_bytes)}
+        sizes = [len(text.encode("utf-8")) if isinstance(text, str) else text for text in references]
+        for number, (nats, size) in enumerate(zip(predictions, sizes, strict=True)):
+            if not nats >= 0:
+                raise ValueError(f"Row {number} of predictions must be 0 nats or more, got {nats}.")
+            if not (size >= 0 and size % 1 == 0):
+                raise ValueError(f"Row {number} of references must be a number of bytes, 0 or more, got {size}.")
+        return {"bits_per_byte": bits_per_byte(sum(predictions), int(sum(sizes)))}

@@ -62,6 +62,17 @@ class Compression(evaluate.Metric):
             features=datasets.Features({"predictions": model, "references": model}),
         )
 
+    def add_batch(self, *, predictions=None, references=None, **kwargs):
+        """As `evaluate` does, which fails on a model without one of the keys."""
+        for name, models in (("predictions", predictions), ("references", references)):
+            for number, model in enumerate(models or ()):
+                if missing := [key for key in self.features["predictions"] if key not in model]:
+                    raise ValueError(
+                        f"Row {number} of {name} must have {', '.join(missing)}, got {', '.join(model) or 'none'}. A "
+                        "speed that is not known is None."
+                    )
+        super().add_batch(predictions=predictions, references=references, **kwargs)
+
     def _compute(self, predictions, references):
         if len(predictions) != 1:
             raise ValueError(f"predictions must be one model, got {len(predictions)}. Compute one pair at a time.")

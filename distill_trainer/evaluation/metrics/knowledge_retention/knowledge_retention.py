@@ -70,6 +70,10 @@ class KnowledgeRetention(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, bits_per_byte=None):
+        if bits_per_byte is not None and bits_per_byte.keys() != {"before", "after", "teacher"}:
+            raise ValueError(
+                f"bits_per_byte must have before, after and teacher, got {', '.join(bits_per_byte) or 'none'}."
+            )
         if len({len(row) for row in (*predictions, *references)}) != 1:
             raise ValueError("All rows of predictions and references must be over one vocabulary, of one length.")
         student, teacher = torch.tensor(predictions), torch.tensor(references)

@@ -48,7 +48,18 @@ class Perplexity(evaluate.Metric):
             features=[datasets.Features({"predictions": nats, "references": unit}) for unit in units],
         )
 
+    def add_batch(self, *, predictions=None, references=None, **kwargs):
+        """As `evaluate` does, which fails on a first batch without a row."""
+        if predictions is not None and len(predictions) == 0:
+            raise ValueError("predictions must hold the likelihood of at least one text, got none.")
+        super().add_batch(predictions=predictions, references=references, **kwargs)
+
     def _compute(self, predictions, references):
-        if isinstance(references[0], str):
-            return {"word_perplexity": perplexity(sum(predictions), sum(len(text.split()) for text in references))}
-        return {"perplexity": perplexity(sum(predictions), sum(references))}
+        words = isinstance(references[0], str)
+        units = [len(text.split()) for text in references] if words else references
+        for number, (nats, count) in enumerate(zip(predictions, units, strict=True)):
+            if not nats >= 0:
+                raise ValueError(f"Row {number} of predictions must be 0 nats or more, got {nats}.")
+            if not count >= 0:
+                raise ValueError(f"Row {number} of references must be 0 units or more, got {count}.")
+        return {"word_perplexity" if words else "perplexity": perplexity(sum(predictions), sum(units))}
