@@ -119,7 +119,7 @@ def _check_names(path: Path, variants: dict[str, dict[str, Any]], settings: dict
         # The flag would win over the variant, whose row would tell of something else.
         for field_name in sorted(given & fields_of(changes)):
             raise ConfigurationError(
-                f"--{field_name} must be left out, since the variant {name} changes it. Change {path} instead."
+                f"--{field_name} must be left out, since the variant {name} changes it. Change it in the file instead."
             )
 
 

@@ -22,8 +22,6 @@ MODULES_FILE = "distillation_modules.safetensors"
 STATE_FILE = "trainer_state.json"
 # What torch.save wrote: each is a zip archive, whose directory stands at its end.
 ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
-# Settings of checkpoints that do not name them.
-UNNAMED_SETTINGS = {"layers": "", "loss_balancing": "none", "data_curriculum": "none"}
 
 
 def save_modules(
@@ -101,9 +99,11 @@ def load_modules(folder: Path, model: DistillationModel, *, data_curriculum: str
     try:
         extras, expected = load_file(folder / MODULES_FILE), model.extra_state_dict()
         with safe_open(folder / MODULES_FILE, framework="pt") as file:
-            metadata = UNNAMED_SETTINGS | (file.metadata() or {})
+            metadata = {"loss_balancing": "none"} | (file.metadata() or {})
         same_shapes = {n: v.shape for n, v in extras.items()} == {n: v.shape for n, v in expected.items()}
-        if not same_shapes or not _settings(model, data_curriculum).items() <= metadata.items():
+        # What a checkpoint of an earlier version does not name cannot be compared.
+        same = all(metadata.get(name, value) == value for name, value in _settings(model, data_curriculum).items())
+        if not same_shapes or not same:
             raise CheckpointError(
                 f"{folder} was written by a run with another teacher, student, set of losses, use_router, "
                 "router_layers, router_parts, layer_map, feature_layers, attention_layers, loss_balancing or "

@@ -136,11 +136,11 @@ class StepCallback(TrainerCallback):
         self.record.end_step()
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if (args.gap_schedule or args.use_router) and state.epoch == 1 and 0 < self.gap.steps <= GAP_WARMUP_STEPS:
+        if args.gap_schedule and state.epoch == 1 and 0 < self.gap.steps <= GAP_WARMUP_STEPS:
             logger.warning(
                 f"The first pass over the data had {int(self.gap.steps)} steps. gap_schedule needs more than "
-                f"{GAP_WARMUP_STEPS} to follow the gap, so kl_weight stays as it is, and a router's estimate of the "
-                "student's capacity is rough. More text or fewer windows per step give more."
+                f"{GAP_WARMUP_STEPS} to follow the gap, so kl_weight stays as it is. More text or fewer windows per "
+                "step give more."
             )
 
 

@@ -76,7 +76,6 @@ class DistillationTrainer(Trainer):
             teacher_model, teacher_processing_class = resolve(
                 teacher_model, teacher_processing_class, "teacher_processing_class"
             )
-        check_positions(student, args.max_length)
         self.values = ScheduledValues(
             temperature=args.temperature, router_temperature=args.router_temperature, top_k=args.initial_top_k
         )
@@ -88,8 +87,8 @@ class DistillationTrainer(Trainer):
                 raise ConfigurationError("teacher_model must be given unless lm_weight is the only weight above 0.")
             self.teacher = build_teacher(teacher_model, student, teacher_processing_class, processing_class, args)
         check_curriculum(args.data_curriculum, train_dataset, self.teacher, gap_schedule=args.gap_schedule)
-        train_dataset = self._prepared(train_dataset, "train", args)
-        eval_dataset = self._prepared(eval_dataset, "eval", args)
+        train_dataset = self._prepared(train_dataset, "train", args, student)
+        eval_dataset = self._prepared(eval_dataset, "eval", args, student)
         super().__init__(
             model=build_model(student, self.teacher, args),
             args=args,
@@ -120,10 +119,11 @@ class DistillationTrainer(Trainer):
 
     # Setting up
 
-    def _prepared(self, dataset, name: str, args: DistillationArguments):
+    def _prepared(self, dataset, name: str, args: DistillationArguments, student: PreTrainedModel):
         """The dataset with token and anchor columns, made from its text if it has only that."""
         if dataset is None or "input_ids" in (dataset.column_names or next(iter(dataset), ())):
             return dataset
+        check_positions(student, args.max_length)
         dataset, self.data_statistics[name] = prepare_dataset(
             dataset,
             self.student_tokenizer,

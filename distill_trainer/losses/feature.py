@@ -1,5 +1,6 @@
 """Distance between hidden states at anchors, blind to their scale."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,8 +24,10 @@ def tame_outliers(states: Tensor) -> Tensor:
     Returns:
         Same shape; the input itself, in value, where nothing stands out.
     """
-    # A quartile, because what stands out would raise the mean by which it is found.
-    bound = OUTLIER_LIMIT * states.abs().kthvalue(-(-3 * states.shape[-1] // 4), dim=-1, keepdim=True).values
+    # A quartile, because what stands out would raise the mean by which it is found. Sorted, because kthvalue refuses
+    # to run where deterministic algorithms are asked for.
+    quartile = states.abs().sort(dim=-1).values[..., (3 * states.shape[-1] - 1) // 4, None]
+    bound = torch.where(quartile > 0, OUTLIER_LIMIT * quartile, torch.inf)
     return states.clamp(-bound, bound)
 
 

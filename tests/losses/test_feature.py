@@ -107,6 +107,11 @@ def test_what_massive_channels_weigh_depends_on_their_number_and_not_on_their_si
     assert 0.9 * bound < share < 1.2 * bound
 
 
+def test_rows_that_are_mostly_zero_stay():
+    states = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5, -2.0], [0.0] * 8])
+    assert tame_outliers(states).equal(states)
+
+
 def test_only_outliers_are_cut_and_equal_rows_with_outliers_have_no_distance():
     states = random_features(12, 1024)[0]
     assert tame_outliers(states).equal(states)
