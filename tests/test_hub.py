@@ -306,6 +306,21 @@ def test_a_repository_that_holds_another_model_is_refused_and_left_alone(hub, ru
     push_student(run_folder, "taken", revision="distilled")
 
 
+def test_a_branch_that_a_failed_push_has_made_beside_another_model_takes_the_next_push(hub, run_folder):
+    files = {"config.json": b"another model"}
+    hub.repositories["tester/taken"] = taken = Repository(branches={"main": dict(files)})
+    hub.fail("/commit/", 503, times=3)
+    with pytest.raises(DistillationError, match="Push the run again"):
+        push_student(run_folder, "taken", revision="distilled")
+    assert taken.branches == {"main": files, "distilled": files}
+    push_student(run_folder, "taken", revision="distilled")
+    assert "training_config.yaml" in published(hub, "tester/taken", "distilled")
+    taken.branches["theirs"] = {"config.json": b"a third model"}
+    for revision in ("main", "theirs"):
+        with pytest.raises(ConfigurationError, match="must not hold a model that this package has not pushed"):
+            push_student(run_folder, "taken", revision=revision)
+
+
 def test_a_repository_without_a_model_is_filled(hub, run_folder):
     hub.repositories["tester/new"] = Repository(branches={"main": {"README.md": b"mine", ".gitattributes": b""}})
     push_student(run_folder, "new")

@@ -62,7 +62,6 @@ def push_student(
     again = ["python", "-m", "distill_trainer.hub", "push", str(folder), repo_id]
     again += [*(["--private"] if private else []), *(["--revision", revision] if revision else [])]
     mend = f"Push the run again: {shlex.join(again)}"
-    # Asked once: a branch that the upload has created from another model would look like one on a second try.
     repo_id = _asked(lambda api: _writable(api, repo_id, private, revision), repo_id, token, mend)
     return _asked(lambda api: _upload(api, folder, repo_id, private, revision, commit_message), repo_id, token, mend)
 
@@ -150,12 +149,17 @@ def _writable(api: Any, repo_id: str, private: bool | None, revision: str | None
 
 
 def _found(api: Any, repo_id: str, revision: str | None) -> tuple[bool, set[str]]:
-    """Whether a repository exists and is public, and the files of its branch if that exists."""
+    """Whether a repository exists and is public, and the files of its branch if that exists and left `main`."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     public = False
     try:
-        public = not api.model_info(repo_id).private
+        main = api.model_info(repo_id)
+        public = not main.private
+        if revision not in (None, "main", "refs/heads/main"):
+            # A push that failed may have made the branch from another model, which stays on `main`.
+            if api.model_info(repo_id, revision=revision).sha == main.sha:
+                return public, set()
         return public, set(api.list_repo_files(repo_id, revision=revision))
     except (RepositoryNotFoundError, RevisionNotFoundError):
         return public, set()
