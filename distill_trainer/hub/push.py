@@ -14,7 +14,7 @@ from distill_trainer.parsing import SETTINGS_FILE, OneLineParser
 # What an earlier push may have left that would change how this student loads, beside the files above.
 FOREIGN_FILES = ("adapter_*",)
 # Files that tell a model, which is another's where no push of this package has put the settings beside it.
-MODEL_FILES = {"config.json", "adapter_config.json"}
+MODEL_FILES = ("config.json", "adapter_config.json", "*.safetensors", "pytorch_model*.bin", "*.gguf")
 NO_SETTINGS = (
     b"# distill_trainer pushed this student without the settings of its run: during training, or from Python.\n"
 )
@@ -118,7 +118,7 @@ def _asked(question: Callable[[Any], str], repo_id: str, token: str, mend: str) 
 
 def _writable(api: Any, repo_id: str, private: bool | None, revision: str | None) -> str:
     """`repo_id` with its namespace, unless the account cannot or should not write there."""
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
     validate_repo_id(repo_id)
     account = api.whoami()
@@ -140,10 +140,11 @@ def _writable(api: Any, repo_id: str, private: bool | None, revision: str | None
             f"{repo_id} must be private or new to push to it privately, but it exists and is public. Make it "
             "private in its settings on the Hub, or choose another name."
         )
-    if MODEL_FILES & there and SETTINGS_FILE not in there:
+    models = sorted(filter_repo_objects(there, allow_patterns=list(MODEL_FILES)))
+    if models and SETTINGS_FILE not in there:
         raise ConfigurationError(
             f"{repo_id} must not hold a model that this package has not pushed, but it has "
-            f"{min(MODEL_FILES & there)} without {SETTINGS_FILE}. Choose another hub_model_id, or delete it there."
+            f"{models[0]} without {SETTINGS_FILE}. Choose another name, or delete it there."
         )
     return repo_id
 
