@@ -136,7 +136,7 @@ def _cut_documents(
         windows = list(_cut(text, student_tokenizer, teacher_tokenizer, max_length)) if text else []
         if not windows:
             windows = [_window([], [], [], [], 0, dropped=SHORT if text else EMPTY)]
-        check_teacher_length(windows, max_length, teacher_positions)
+        check_teacher_length([window for window in windows if not window["dropped"]], max_length, teacher_positions)
         windows[0]["document_bytes"] = len((text or "").encode("utf-8", "surrogatepass"))
         rows += windows
     return {name: [row[name] for row in rows] for name in rows[0]}
