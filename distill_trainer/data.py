@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -150,6 +151,17 @@ def check_teacher_length(windows: list[dict[str, Any]], max_length: int, teacher
             f"max_length must be smaller, got {max_length}: a window of so many student tokens has {longest} of the "
             f"teacher, whose learned positions are {teacher_positions}."
         )
+
+
+@contextmanager
+def empty_stream_told() -> Iterator[None]:
+    """Raise a `DataError` where accelerate finds no window in a stream, which only reading it tells."""
+    try:
+        yield
+    except ValueError as error:
+        if "Batch does not contain any data" not in str(error):
+            raise
+        raise DataError("The training dataset must hold windows with two anchors, got an empty stream.") from error
 
 
 def _cut(
