@@ -27,6 +27,8 @@ FIXED = {
 # What only a run by itself does, with its own seed and folder.
 UNUSED = ("skip_eval", "lm_eval_tasks", "push_to_hub", "resume_from_checkpoint", "seed", "output_dir")
 LONGEST_NAME = 100
+# Bytes, of a folder's name.
+LONGEST_FOLDER = 255
 
 
 @dataclass
@@ -98,6 +100,11 @@ def read_ablation(argv: Sequence[str] | None = None) -> Ablation | None:
     ablation = Ablation(variants, content, reference, [int(seed) for seed in seeds], int(jobs), flags, folder)
     runs = [run_folder(ablation, name, seed) for name in variants for seed in ablation.seeds]
     for run in runs:
+        if (length := len(run.name.encode())) > LONGEST_FOLDER:
+            raise ConfigurationError(
+                f"{path}: the name of a variant must make a folder's name of at most {LONGEST_FOLDER} bytes, "
+                f"got {length}. Shorten it."
+            )
         if runs.count(run) > 1:
             raise ConfigurationError(f"{path}: two runs would share the folder {run}. Name variants and seeds apart.")
     return ablation

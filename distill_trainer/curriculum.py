@@ -102,7 +102,7 @@ def check_curriculum(
         )
     if curriculum == LENGTH and is_cut and not given:
         raise ConfigurationError("data_curriculum length needs the column length of prepare_dataset, got none.")
-    for row, value in enumerate(dataset.with_format(None)[curriculum] if given else ()):
+    for row, value in enumerate(dataset.with_format(None)[curriculum][:] if given else ()):
         if not is_number(value):
             raise DataError(f"The column {curriculum} must hold finite numbers, got {value!r} in row {row}.")
     if curriculum == TEACHER_LOSS and teacher is not None and gap_schedule:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -136,7 +137,7 @@ def _cut_documents(
         windows = list(_cut(text, student_tokenizer, teacher_tokenizer, max_length)) if text else []
         if not windows:
             windows = [_window([], [], [], [], 0, dropped=SHORT if text else EMPTY)]
-        check_teacher_length(windows, max_length, teacher_positions)
+        check_teacher_length([window for window in windows if not window["dropped"]], max_length, teacher_positions)
         windows[0]["document_bytes"] = len((text or "").encode("utf-8", "surrogatepass"))
         rows += windows
     return {name: [row[name] for row in rows] for name in rows[0]}
@@ -150,6 +151,17 @@ def check_teacher_length(windows: list[dict[str, Any]], max_length: int, teacher
             f"max_length must be smaller, got {max_length}: a window of so many student tokens has {longest} of the "
             f"teacher, whose learned positions are {teacher_positions}."
         )
+
+
+@contextmanager
+def empty_stream_told() -> Iterator[None]:
+    """Raise a `DataError` where accelerate finds no window in a stream, which only reading it tells."""
+    try:
+        yield
+    except ValueError as error:
+        if "Batch does not contain any data" not in str(error):
+            raise
+        raise DataError("The training dataset must hold windows with two anchors, got an empty stream.") from error
 
 
 def _cut(

@@ -165,11 +165,13 @@ def _load(name: str, text_column: str, streaming: bool) -> Dataset | IterableDat
         raise DataError(f"text_column must hold text, got {type(first[column]).__name__} in the dataset {name}.")
     if isinstance(dataset, IterableDataset):
         # A stream may not know its columns, and its rows mix with others only as plain strings.
-        dataset = dataset.map(lambda row: {"text": row[column]}, remove_columns=columns, features=DOCUMENT)
+        dataset = dataset.map(lambda row: {"text": row[column] or ""}, remove_columns=columns, features=DOCUMENT)
     else:
         dataset = dataset.select_columns(column).rename_columns({column: "text"})
         if dataset.features != DOCUMENT:
             dataset = dataset.cast(DOCUMENT)
+        if dataset.data.column("text").null_count:
+            dataset = dataset.map(lambda row: {"text": row["text"] or ""})
     if name.split(":")[0] in ("wikitext", "Salesforce/wikitext"):
         return _articles(dataset)
     return dataset

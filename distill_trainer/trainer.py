@@ -15,7 +15,7 @@ from distill_trainer.assembly import build_model, build_teacher
 from distill_trainer.callbacks import training_schedules
 from distill_trainer.checkpoint import load_modules, save_arguments, save_modules
 from distill_trainer.curriculum import TEACHER_LOSS, CurriculumSampler, check_curriculum, with_teacher_losses
-from distill_trainer.data import DistillationCollator, prepare_dataset
+from distill_trainer.data import DistillationCollator, empty_stream_told, prepare_dataset
 from distill_trainer.early_stopping import ResumableEarlyStoppingCallback
 from distill_trainer.errors import ConfigurationError, DistillationError
 from distill_trainer.hub import check_access, push_student
@@ -251,7 +251,8 @@ class DistillationTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step; each is told how many anchors all of them have together."""
-        batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with empty_stream_told():
+            batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.teacher is not None and batch_samples:
             count = sum(len(Anchors.of(batch)) for batch in batch_samples)
             total = self.accelerator.reduce(torch.tensor(float(count), device=device), "sum").clamp(min=1)

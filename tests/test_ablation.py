@@ -103,6 +103,8 @@ def test_every_variant_is_trained_scored_and_tabled_and_kept_when_run_again(tmp_
         ({"jobs": "²"}, "jobs must be from 1 to 9999, got ²"),
         ({"variants": {"gate": {}, "x" * 300: {}}}, "the name of a variant must have 1 to 100 characters, got 300"),
         ({"variants": {"gate": {}, " ": {}}}, "the name of a variant must have 1 to 100 characters, got 0"),
+        ({"variants": {"gate": {}, "語" * 100: {}}}, "must make a folder's name of at most 255 bytes, got 302"),
+        ({"variants": {"gate": {}, " " * 290 + "x": {}}}, "must make a folder's name of at most 255 bytes, got 293"),
         ({"lm_eval_tasks": ["arc_easy"]}, "lm_eval_tasks must be left out, since an ablation"),
         ({"seeds": [1, 1]}, "two runs would share the folder"),
         ({"variants": {"gate": {}, "a b": {}, "a-b": {}}}, "two runs would share the folder"),

@@ -8,11 +8,12 @@ from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard
 from builders import TEXTS, arguments, logged, tiny_llama, tiny_moe, tiny_trainer, tokenizer, windows
 from datasets import Dataset, IterableDataset
+from datasets.arrow_dataset import Column
 from torch.utils.data import BatchSampler
 from transformers import TrainerState
 
 from distill_trainer.baseline import run_baseline
-from distill_trainer.curriculum import TEACHER_LOSS, CurriculumSampler, with_teacher_losses
+from distill_trainer.curriculum import TEACHER_LOSS, CurriculumSampler, check_curriculum, with_teacher_losses
 from distill_trainer.data import DistillationCollator
 from distill_trainer.errors import ConfigurationError, DataError, UnsupportedModelError
 from distill_trainer.schedules import LOSS_NAMES, competence
@@ -221,6 +222,11 @@ def test_a_given_difficulty_may_come_as_tensors(tmp_path):
     given = windows().add_column(TEACHER_LOSS, list(range(len(windows())))).with_format("torch")
     trainer = trainer_over(tmp_path, given, data_curriculum="teacher_loss")
     assert trainer._get_train_sampler().difficulties.tolist() == list(range(len(windows())))
+
+
+def test_a_given_difficulty_is_read_in_one_piece(monkeypatch):
+    monkeypatch.setattr(Column, "__iter__", None)
+    check_curriculum("length", windows(), None)
 
 
 def test_texts_can_be_ordered_too(tmp_path):

@@ -192,6 +192,12 @@ def test_windows_that_need_more_positions_than_the_teacher_has_are_refused(prepa
         read(longest - 1)
 
 
+def test_a_window_that_is_left_out_needs_no_positions_of_the_teacher(prepare, teacher_tokenizer):
+    texts = ["xq", "\U0001f9ff"]
+    assert [len(encoding(teacher_tokenizer, text)) for text in texts] == [2, 3]
+    assert len(prepare(texts, teacher_positions=2)[0]) == 1
+
+
 def unknown_columns(texts):
     return IterableDataset.from_generator(lambda: ({"text": text, "id": 1} for text in texts))
 

@@ -84,6 +84,13 @@ def test_the_text_column_may_have_another_name(write, kind, streaming):
     assert sorted(every_text(splits)) == sorted(rows(30))
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_without_text_is_an_empty_document(write, kind, streaming):
+    splits = load_splits([write(kind, [None, *rows(4)])], streaming=streaming, validation_fraction=0.002)
+    assert sorted(every_text(splits)) == ["", *rows(4)]
+
+
 def test_text_files_mix_with_a_dataset_whose_column_has_another_name(write):
     paths = [write("folder", rows(6, "file")), write("jsonl", rows(6, "row"), column="body")]
     splits = load_splits(paths, text_column="body")

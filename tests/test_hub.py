@@ -290,7 +290,7 @@ def test_a_repository_that_holds_another_model_is_refused_and_left_alone(hub, ru
     hub.repositories["tester/taken"] = taken = Repository(branches={"main": dict(files)})
     message = (
         "tester/taken must not hold a model that this package has not pushed, but it has "
-        f"{name} without training_config.yaml. Choose another hub_model_id, or delete it there."
+        f"{name} without training_config.yaml. Choose another name, or delete it there."
     )
     for refuse in (check_access, lambda repo_id: push_student(run_folder, repo_id)):
         with pytest.raises(ConfigurationError) as error:
@@ -304,6 +304,28 @@ def test_a_repository_that_holds_another_model_is_refused_and_left_alone(hub, ru
     assert published(hub, "tester/taken") == files
     assert published(hub, "tester/taken", "distilled")["model.safetensors"] != b"x"
     push_student(run_folder, "taken", revision="distilled")
+
+
+@pytest.mark.parametrize("name", ["4bit.gguf", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
+def test_weights_alone_tell_another_model(hub, name):
+    hub.repositories["tester/taken"] = Repository(branches={"main": {name: b"weights", "README.md": b"mine"}})
+    with pytest.raises(ConfigurationError, match=f"it has {name} without training_config.yaml. Choose another name"):
+        check_access("taken")
+
+
+def test_a_branch_that_a_failed_push_has_made_beside_another_model_takes_the_next_push(hub, run_folder):
+    files = {"config.json": b"another model"}
+    hub.repositories["tester/taken"] = taken = Repository(branches={"main": dict(files)})
+    hub.fail("/commit/", 503, times=3)
+    with pytest.raises(DistillationError, match="Push the run again"):
+        push_student(run_folder, "taken", revision="distilled")
+    assert taken.branches == {"main": files, "distilled": files}
+    push_student(run_folder, "taken", revision="distilled")
+    assert "training_config.yaml" in published(hub, "tester/taken", "distilled")
+    taken.branches["theirs"] = {"config.json": b"a third model"}
+    for revision in ("main", "theirs"):
+        with pytest.raises(ConfigurationError, match="must not hold a model that this package has not pushed"):
+            push_student(run_folder, "taken", revision=revision)
 
 
 def test_a_repository_without_a_model_is_filled(hub, run_folder):

@@ -20,7 +20,7 @@ from builders import (
     tokenizer,
     windows,
 )
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from test_moe import tiny_jetmoe
 from transformers import TrainerCallback
 
@@ -583,3 +583,17 @@ def test_trackio_gets_all_our_curves(tmp_path, monkeypatch):
     assert logged_names(trainer) <= {name for metrics in stored for name in metrics}
     curve = [metrics["eval/bits_per_byte"] for metrics in stored if "eval/bits_per_byte" in metrics]
     assert curve == pytest.approx(logged(trainer, "eval_bits_per_byte"), rel=1e-6)
+
+
+@pytest.mark.parametrize("texts", [[], ["", "x"]])
+def test_a_stream_without_a_window_is_one_line(tmp_path, texts):
+    trainer = DistillationTrainer(
+        tiny_llama(),
+        tiny_moe(),
+        arguments(tmp_path, max_steps=1),
+        train_dataset=IterableDataset.from_generator(lambda: iter({"text": text} for text in texts)),
+        processing_class=tokenizer("student"),
+        teacher_processing_class=tokenizer("teacher"),
+    )
+    with pytest.raises(DataError, match="The training dataset must hold windows with two anchors, got an empty"):
+        trainer.train()

@@ -27,7 +27,7 @@ MINIMUM_VERSION = "0.4.13"
 # What a task file or its data can fail with, read by the harness.
 TASK_ERRORS = (
     *(LookupError, OSError, ValueError, TypeError, AttributeError, ImportError, SyntaxError),
-    *(yaml.YAMLError, TemplateError, DatasetsError),
+    *(RuntimeError, ArithmeticError, AssertionError, yaml.YAMLError, TemplateError, DatasetsError),
 )
 OFFLINE = "Connect once, so that its data are kept, or name a task whose data are local files."
 

@@ -14,7 +14,7 @@ from distill_trainer.parsing import SETTINGS_FILE, OneLineParser
 # What an earlier push may have left that would change how this student loads, beside the files above.
 FOREIGN_FILES = ("adapter_*",)
 # Files that tell a model, which is another's where no push of this package has put the settings beside it.
-MODEL_FILES = {"config.json", "adapter_config.json"}
+MODEL_FILES = ("config.json", "adapter_config.json", "*.safetensors", "pytorch_model*.bin", "*.gguf")
 NO_SETTINGS = (
     b"# distill_trainer pushed this student without the settings of its run: during training, or from Python.\n"
 )
@@ -62,7 +62,6 @@ def push_student(
     again = ["python", "-m", "distill_trainer.hub", "push", str(folder), repo_id]
     again += [*(["--private"] if private else []), *(["--revision", revision] if revision else [])]
     mend = f"Push the run again: {shlex.join(again)}"
-    # Asked once: a branch that the upload has created from another model would look like one on a second try.
     repo_id = _asked(lambda api: _writable(api, repo_id, private, revision), repo_id, token, mend)
     return _asked(lambda api: _upload(api, folder, repo_id, private, revision, commit_message), repo_id, token, mend)
 
@@ -119,7 +118,7 @@ def _asked(question: Callable[[Any], str], repo_id: str, token: str, mend: str) 
 
 def _writable(api: Any, repo_id: str, private: bool | None, revision: str | None) -> str:
     """`repo_id` with its namespace, unless the account cannot or should not write there."""
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
     validate_repo_id(repo_id)
     account = api.whoami()
@@ -141,21 +140,27 @@ def _writable(api: Any, repo_id: str, private: bool | None, revision: str | None
             f"{repo_id} must be private or new to push to it privately, but it exists and is public. Make it "
             "private in its settings on the Hub, or choose another name."
         )
-    if MODEL_FILES & there and SETTINGS_FILE not in there:
+    models = sorted(filter_repo_objects(there, allow_patterns=list(MODEL_FILES)))
+    if models and SETTINGS_FILE not in there:
         raise ConfigurationError(
             f"{repo_id} must not hold a model that this package has not pushed, but it has "
-            f"{min(MODEL_FILES & there)} without {SETTINGS_FILE}. Choose another hub_model_id, or delete it there."
+            f"{models[0]} without {SETTINGS_FILE}. Choose another name, or delete it there."
         )
     return repo_id
 
 
 def _found(api: Any, repo_id: str, revision: str | None) -> tuple[bool, set[str]]:
-    """Whether a repository exists and is public, and the files of its branch if that exists."""
+    """Whether a repository exists and is public, and the files of its branch if that exists and left `main`."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     public = False
     try:
-        public = not api.model_info(repo_id).private
+        main = api.model_info(repo_id)
+        public = not main.private
+        if revision not in (None, "main", "refs/heads/main"):
+            # A push that failed may have made the branch from another model, which stays on `main`.
+            if api.model_info(repo_id, revision=revision).sha == main.sha:
+                return public, set()
         return public, set(api.list_repo_files(repo_id, revision=revision))
     except (RepositoryNotFoundError, RevisionNotFoundError):
         return public, set()

@@ -192,12 +192,27 @@ def test_tasks_that_cannot_run_are_refused_when_they_are_named(tasks):
         Benchmarks(["next_word"], str(tasks))
 
 
+@needs_harness
+@pytest.mark.parametrize("kind", [RuntimeError, AssertionError])
+def test_a_task_whose_own_code_or_data_fail_is_refused_when_it_is_named(tasks, monkeypatch, kind):
+    def load(self, names):
+        raise kind("Dataset scripts are no longer supported")
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager.func.load", load)
+    with pytest.raises(ConfigurationError, match="next_word cannot be loaded: Dataset scripts are no longer"):
+        Benchmarks(["next_word"], str(tasks))
+
+
 REFUSED = {
     "a name in a template": (
         ("{{context}}", "{{contextx}}"),
         "lm_eval_tasks: the task next_word cannot be loaded: 'contextx' is undefined",
     ),
     "a template that is no template": (("{{context}}", "{{context"), "the task next_word cannot be loaded: "),
+    "a template that cannot be computed": (
+        ("{{context}}", "{{1 / 0}}"),
+        "the task next_word cannot be loaded: division by zero",
+    ),
     "choices that are no list": (('"{{choices}}"', '"[{{context}}"'), "the task next_word cannot be loaded: "),
     "an answer out of range": (("doc_to_target: answer", "doc_to_target: 7"), "the task next_word cannot be loaded: "),
     "a split": (
