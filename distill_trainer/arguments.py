@@ -130,9 +130,9 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
     router_until: float = field(
         default=1.0, metadata={"help": "Share of the steps in which the router learns, above 0 up to 1."}
     )
-    initial_top_k: int = field(default=1, metadata={"help": "Experts per token at the start, 1 or above."})
-    final_top_k: int = field(
-        default=4, metadata={"help": "Experts per token at the end, 1 or above; at most all experts are used."}
+    initial_top_k: int | None = field(default=None, metadata={"help": "Experts per token at first. None: the gate's."})
+    final_top_k: int | None = field(
+        default=None, metadata={"help": "Experts per token at the end; at most all are used. None: the gate's."}
     )
     router_temperature: float = field(
         default=1.0, metadata={"help": "Softmax temperature of the router at the start."}
@@ -148,7 +148,8 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
         default=0.1, metadata={"help": "Router objective: weight of KL(student || student-aware teacher), 0 or above."}
     )
     router_anchor_weight: float = field(
-        default=0.1, metadata={"help": "Router objective: weight of the KL to the teacher's own gate, 0 or above."}
+        default=0.1,
+        metadata={"help": "Router objective: what leaving the teacher's own gate costs at most (nats), 0 or above."},
     )
     router_balance_weight: float = field(
         default=0.01, metadata={"help": "Router objective: weight of the load balancing, 0 or above."}
@@ -312,9 +313,9 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
             check_number(name, getattr(self, name), least=0)
         for name in ("dataloader_num_workers", "seed", "expert_sampling"):
             check_number(name, getattr(self, name), least=0, whole=True)
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            check_number(name, getattr(self, name), least=1, whole=True)
-        for name in ("initial_top_k", "final_top_k", "router_interval", "max_nonfinite_steps", "lora_r", "lora_alpha"):
+        sizes = "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"
+        top_k = [name for name in ("initial_top_k", "final_top_k") if getattr(self, name) is not None]
+        for name in (*sizes, *top_k, "router_interval", "kl_top_k", "max_nonfinite_steps", "lora_r", "lora_alpha"):
             check_number(name, getattr(self, name), least=1, whole=True)
         check_number("max_length", self.max_length, least=2, whole=True)
         check_number("num_train_epochs", self.num_train_epochs, above=0)
@@ -378,7 +379,6 @@ class DistillationArguments(EvaluationArguments, TrainingArguments):
             raise ConfigurationError(
                 f"kl_direction must be forward with kl_method uld, got {self.kl_direction}: it has no direction."
             )
-        check_number("kl_top_k", self.kl_top_k, least=1, whole=True)
         if self.logit_chunk_mb is not None:
             check_number("logit_chunk_mb", self.logit_chunk_mb, above=0)
 

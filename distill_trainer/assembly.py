@@ -70,16 +70,23 @@ def build_teacher(
             "last layer of the teacher has no experts."
         )
     teacher.verify()
-    limit = teacher.num_experts
-    if limit and max(args.initial_top_k, args.final_top_k) > limit:
-        logger.warning(f"top_k is cut to {limit}, the number of the teacher's experts.")
-    own = getattr(model.config, "num_experts_per_tok", 0) or 0
-    if limit and args.final_top_k < own:
-        logger.warning(
-            f"The teacher's gate chooses {own} experts, final_top_k ends at {args.final_top_k}: what the others know "
-            f"is lost. Set initial_top_k and final_top_k to {own} to keep it."
-        )
     return teacher
+
+
+def scheduled_top_k(teacher: Teacher | None, args: DistillationArguments) -> tuple[int, int]:
+    """Experts per token at the start and at the end of training; 1 without a router."""
+    if teacher is None or not teacher.num_experts:
+        return 1, 1
+    own, limit = teacher.gate_top_k, teacher.num_experts
+    start, end = args.initial_top_k or own, args.final_top_k or own
+    if max(start, end) > limit:
+        logger.warning(f"top_k is cut to {limit}, the number of the teacher's experts.")
+    if end < own:
+        logger.warning(
+            f"The teacher's gate chooses {own} experts, final_top_k ends at {end}: what the others know is lost. "
+            "Leave initial_top_k and final_top_k out to keep it."
+        )
+    return min(start, limit), min(end, limit)
 
 
 def build_model(student: PreTrainedModel, teacher: Teacher | None, args: DistillationArguments) -> DistillationModel:

@@ -15,6 +15,8 @@ FIRST_CAPACITY = 0.25
 MAX_KEY_SIZE = 128
 # What moves the router away from the teacher's gate.
 ROUTER_PARTS = ("importance", "capacity", "gap")
+# Nats from the gate at which leaving it has cost most of what it can, and a share of it that smooths the corner at 0.
+ANCHOR_REACH, ANCHOR_CORNER = 0.1, 1e-3
 GAP_WARMUP_STEPS = 20
 GAP_DECAY = 0.95
 
@@ -173,16 +175,16 @@ def routing_objective(
     """What the router's parameters minimise beside `ce` and `student_kl`; none of it reaches the student.
 
     Args:
-        parts: `anchor_kl`, `balance` and `capacity_bce`, see `routing_losses`, and `student_feature` if layers are
+        parts: `anchor`, `balance` and `capacity_bce`, see `routing_losses`, and `student_feature` if layers are
             re-routed as targets. Scalars.
         student_weight: Weight of `student_feature`: be near what the student holds.
-        anchor_weight: Weight of `anchor_kl`: stay near the teacher's gate.
+        anchor_weight: Weight of `anchor`: stay with the teacher's gate unless leaving it pays.
         balance_weight: Weight of `balance`: use all experts.
         capacity_weight: Weight of `capacity_bce`: know what the student can do.
     """
     learnable = student_weight * parts["student_feature"] if "student_feature" in parts else 0.0
     estimate = capacity_weight * parts["capacity_bce"]
-    return anchor_weight * parts["anchor_kl"] + balance_weight * parts["balance"] + estimate + learnable
+    return anchor_weight * parts["anchor"] + balance_weight * parts["balance"] + estimate + learnable
 
 
 def routing_losses(
@@ -201,8 +203,9 @@ def routing_losses(
         num_items_in_batch: See `token_mean`.
 
     Returns:
-        `anchor_kl` (nats), `balance` (1 at equal load; Fedus et al. 2021, https://huggingface.co/papers/2101.03961,
-        equations 4 to 6, with the router's weights as the load) and `capacity_bce` (nats).
+        `anchor_kl` (nats to the gate), `anchor` (see `anchor_cost`), `balance` (1 at equal load; Fedus et al. 2021,
+        https://huggingface.co/papers/2101.03961, equations 4 to 6, with the router's weights as the load) and
+        `capacity_bce` (nats).
     """
     # A gate above another re-routed layer depends on that layer's router, whose business these parts are not.
     gate_logits = gate_logits.detach().float()
@@ -211,17 +214,30 @@ def routing_losses(
     anchor_kl = F.kl_div(router_logprobs, gate_logprobs, reduction="none", log_target=True).sum(dim=-1)
     num_experts = router_logprobs.shape[-1]
     load = torch.zeros_like(router_logprobs).scatter(-1, output.selected_experts, output.routing_weights.detach())
-    # The load is a mean over this micro-batch, so the term is scaled by the micro-batch's share of all anchors.
     balance = num_experts * (load.mean(dim=0) * router_logprobs.exp().mean(dim=0)).sum()
+    # Functions of means over this micro-batch are scaled by the micro-batch's share of all anchors.
     share = 1.0 if num_items_in_batch is None else len(router_logprobs) / num_items_in_batch
     capacity_bce = F.binary_cross_entropy_with_logits(
         output.capacity_logits, true_token_probability.detach().float(), reduction="none"
     )
     return {
         "anchor_kl": token_mean(anchor_kl, num_items_in_batch),
-        "balance": balance * share if len(router_logprobs) else router_logprobs.sum(),
+        "anchor": anchor_cost(anchor_kl.mean()) * share if len(router_logprobs) else anchor_kl.sum(),
+        "balance": balance * share if len(router_logprobs) else anchor_kl.sum(),
         "capacity_bce": token_mean(capacity_bce, num_items_in_batch),
     }
+
+
+def anchor_cost(anchor_kl: Tensor) -> Tensor:
+    """What a mean KL to the gate (nats) costs: near 0 it grows with its root, and it ends at 1.
+
+    The root makes the first change the dearest, as a group lasso does (https://doi.org/10.1111/j.1467-9868.2005.00532.x):
+    with a gate that was trained with its experts there is little to win but the noise of the batches, and the router
+    stays. The bound lets one that has earned its way go on, as concave penalties do
+    (https://doi.org/10.1198/016214501753382273), where the KL itself would hold it back.
+    """
+    left = anchor_kl / (anchor_kl + ANCHOR_REACH)
+    return left / (left + ANCHOR_CORNER).sqrt()
 
 
 def student_divergence(student_logprobs: Tensor, teacher_logprobs: Tensor, reachable: Tensor) -> Tensor:

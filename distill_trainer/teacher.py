@@ -113,6 +113,7 @@ class Teacher:
         self.blocks = expert_layers(model) if use_router else {}
         self.routed = RoutedLayers.plan(router_layers, list(self.blocks)) if self.blocks else RoutedLayers()
         self.checkpointing = checkpointing
+        self.gate_top_k = 0
         # Experts of the last layer alone are mixed in place: nothing above them but the norm has to run again.
         in_place = self.routed.depth in ((), (self.last_layer,))
         first = self.last_layer + 1 if in_place else self.routed.depth[0]
@@ -228,6 +229,8 @@ class Teacher:
     def verify(self) -> None:
         """Check on a few tokens that the head, the norm and the re-routing reproduce the model itself.
 
+        Sets `gate_top_k`, the experts that the gate of the highest re-routed layer chooses per token.
+
         Raises:
             UnsupportedModelError: If they do not, or if the logits are not finite in the teacher's dtype.
         """
@@ -251,6 +254,7 @@ class Teacher:
             )
         self._check("head", self.head(output.hidden_states), expected)
         if self.routed.depth:
+            self.gate_top_k = output.gate_experts[self.routed.depth[-1]].shape[-1]
             self._verify_gates(output)
             self._verify_reroute(input_ids, output)
 

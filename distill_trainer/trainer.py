@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from distill_trainer.anchors import IGNORE_INDEX, Anchors
 from distill_trainer.arguments import DistillationArguments
-from distill_trainer.assembly import build_model, build_teacher
+from distill_trainer.assembly import build_model, build_teacher, scheduled_top_k
 from distill_trainer.callbacks import training_schedules
 from distill_trainer.checkpoint import load_modules, save_arguments, save_modules
 from distill_trainer.curriculum import TEACHER_LOSS, CurriculumSampler, check_curriculum, with_teacher_losses
@@ -76,9 +76,7 @@ class DistillationTrainer(Trainer):
             teacher_model, teacher_processing_class = resolve(
                 teacher_model, teacher_processing_class, "teacher_processing_class"
             )
-        self.values = ScheduledValues(
-            temperature=args.temperature, router_temperature=args.router_temperature, top_k=args.initial_top_k
-        )
+        self.values = ScheduledValues(temperature=args.temperature, router_temperature=args.router_temperature)
         self.student_tokenizer, self.teacher_tokenizer = processing_class, teacher_processing_class
         self.data_statistics: dict[str, dict] = {}
         self.teacher: Teacher | None = None
@@ -136,10 +134,11 @@ class DistillationTrainer(Trainer):
 
     def _add_schedules(self) -> None:
         args = self.args
-        limit = (self.teacher.num_experts if self.teacher else 0) or max(args.initial_top_k, args.final_top_k)
+        start, end = scheduled_top_k(self.teacher, args)
+        self.values.top_k = start
         schedules = training_schedules(
             self.values,
-            top_k=(min(args.initial_top_k, limit), min(args.final_top_k, limit)),
+            top_k=(start, end),
             temperature=(args.temperature, args.final_temperature),
             router_temperature=(args.router_temperature, args.final_router_temperature),
             weights=args.loss_weights(),

@@ -306,6 +306,7 @@ def arguments(output_dir, **changes) -> DistillationArguments:
         "feature_weight": 0.1,
         "attention_weight": 0.1,
         "layerwise_weight": 0.05,
+        "initial_top_k": 1,
         "final_top_k": 2,
         "max_length": MAX_LENGTH,
         "logging_steps": 1,

@@ -47,7 +47,7 @@ def test_defaults_are_the_reference_ones():
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (4, 8)
     assert (training.learning_rate, training.router_learning_rate, training.num_train_epochs) == (5e-5, 1e-4, 3)
     assert (training.temperature, training.final_temperature) == (4.0, 1.0)
-    assert (training.initial_top_k, training.final_top_k) == (1, 4)
+    assert (training.initial_top_k, training.final_top_k) == (None, None)
     weights = "kl feature attention layerwise contrastive lm".split()
     assert [getattr(training, f"{name}_weight") for name in weights] == [0.7, 0.0, 0.0, 0.0, 0.05, None]
     assert (training.report_to, training.label_names, training.remove_unused_columns) == ([], ["labels"], False)

@@ -214,7 +214,7 @@ def test_the_balanced_weights_are_those_that_train(tmp_path, method):
     assert all(balanced[name] != pytest.approx(weight) for name, weight in trainer.args.loss_weights().items())
     second = trainer.state.log_history[1]
     total = sum(balanced[name] * second[f"distill/loss_{name}"] for name in LOSS_NAMES)
-    for name, weight in {"ce": 1, "student_kl": 0.1, "anchor_kl": 0.1, "balance": 0.01, "capacity_bce": 1}.items():
+    for name, weight in {"ce": 1, "student_kl": 0.1, "anchor": 0.1, "balance": 0.01, "capacity_bce": 1}.items():
         total += weight * second[f"distill/router_{name}"]
     assert second["loss"] == pytest.approx(total, rel=1e-4)
 

@@ -61,7 +61,7 @@ def test_the_variants_of_the_benchmarks_parse(benchmark_module, name):
     ablation = replace(read_ablation([str(CONFIGS / "ablation.yaml")]), variants=bench.VARIANTS)
     for case in getattr(bench, "CASES", {"": {}}).values():
         for variant in bench.VARIANTS:
-            check_settings(variant, settings_of(ablation, variant, 0) | bench.BEST | case, [])
+            check_settings(variant, settings_of(ablation, variant, 0) | case, [])
 
 
 def test_the_benchmark_of_the_losses_takes_the_reference_weights(benchmark_module):

@@ -6,11 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_trainer.router import (
+    ANCHOR_CORNER,
+    ANCHOR_REACH,
     GAP_DECAY,
     GAP_WARMUP_STEPS,
     ROUTER_PARTS,
     KnowledgeGap,
     StudentAwareRouter,
+    anchor_cost,
     routing_losses,
     routing_objective,
     sample_experts,
@@ -199,8 +202,49 @@ def test_the_parts_match_their_definitions():
     balance = EXPERTS * (load.mean(0) * probabilities.mean(0)).sum()
     capacity = output.capacity.double()
     bce = -(truth.double() * capacity.log() + (1 - truth.double()) * (1 - capacity).log()).mean()
-    for name, expected in (("anchor_kl", anchor_kl), ("balance", balance), ("capacity_bce", bce)):
+    left = anchor_kl / (anchor_kl + ANCHOR_REACH)
+    anchor = left / (left + ANCHOR_CORNER) ** 0.5
+    for name, expected in (("anchor_kl", anchor_kl), ("anchor", anchor), ("balance", balance), ("capacity_bce", bce)):
         torch.testing.assert_close(parts[name].double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_leaving_the_gate_costs_most_at_first_and_is_bounded():
+    kl = torch.tensor([0.0, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 1e4], dtype=torch.double)
+    cost = anchor_cost(kl)
+    slopes = cost.diff() / kl.diff()
+    assert cost[0] == 0 and cost.diff().gt(0).all() and slopes.diff().lt(0).all() and 0.99 < cost[-1] < 1
+    # Like the root in between: a tenth of the divergence costs a third.
+    assert float(cost[3] / cost[2]) == pytest.approx(10**0.5, rel=0.2)
+
+
+def learned_on(signal, anchor_weight, seed=0):
+    """KL to the gate after training where experts cost noise, and the gate's favourite `signal` nats more."""
+    generator = torch.Generator().manual_seed(seed)
+    module = router()
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+    truth = torch.zeros(64)
+    for _ in range(150):
+        values = {
+            "teacher_hidden": torch.randn(64, TEACHER, generator=generator),
+            "student_hidden": torch.randn(64, STUDENT, generator=generator),
+            "student_entropy": torch.rand(64, generator=generator),
+            "gap": torch.rand(64, generator=generator),
+            "gate_logits": torch.randn(64, EXPERTS, generator=generator) + torch.tensor([2.0, 0, 0, 0, 0]),
+        }
+        output = module(**values, top_k=EXPERTS, temperature=1.0)
+        costs = torch.randn(64, EXPERTS, generator=generator) + signal * torch.eye(EXPERTS)[0]
+        parts = routing_losses(output, values["gate_logits"], truth)
+        weights = {"student_weight": 0.0, "anchor_weight": anchor_weight, "balance_weight": 0.0}
+        loss = (output.routing_weights * costs.gather(-1, output.selected_experts)).sum(-1).mean()
+        optimizer.zero_grad()
+        (loss + routing_objective(parts, **weights, capacity_weight=0.0)).backward()
+        optimizer.step()
+    return parts["anchor_kl"].item()
+
+
+def test_the_anchor_holds_the_gate_against_noise_and_lets_it_go_for_a_gain():
+    assert learned_on(signal=0.0, anchor_weight=0.1) < 0.1 * learned_on(signal=0.0, anchor_weight=0.0)
+    assert learned_on(signal=1.0, anchor_weight=0.1) > 2 / 3 * learned_on(signal=1.0, anchor_weight=0.0) > 1
 
 
 def test_equal_load_has_balance_one_and_a_collapsed_router_more():
@@ -263,7 +307,7 @@ def test_the_objective_is_the_weighted_sum_of_its_parts():
         for name, value in {
             "ce": 1.0,
             "student_kl": 2.0,
-            "anchor_kl": 3.0,
+            "anchor": 3.0,
             "balance": 5.0,
             "capacity_bce": 7.0,
         }.items()

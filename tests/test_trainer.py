@@ -116,7 +116,8 @@ def test_all_scheduled_and_measured_values_are_in_the_log(tmp_path):
     trainer.train()
     measured = [f"loss_{name}" for name in LOSS_NAMES] + [f"expert_load_{e}" for e in range(4)]
     measured += [f"weight_{name}" for name in LOSS_NAMES]
-    measured += [f"router_{name}" for name in ("ce", "student_kl", "anchor_kl", "balance", "capacity_bce", "entropy")]
+    parts = "ce", "student_kl", "anchor_kl", "anchor", "balance", "capacity_bce", "entropy"
+    measured += [f"router_{name}" for name in parts]
     measured += ["temperature", "router_temperature", "top_k", "capacity", "gap", "gap_ratio", "changed_fraction"]
     for name in measured:
         values = logged(trainer, f"distill/{name}")
@@ -135,7 +136,7 @@ def test_the_logged_loss_is_the_weighted_sum_of_the_logged_losses(tmp_path):
         for name, weight in (
             ("ce", 1),
             ("student_kl", 0.1),
-            ("anchor_kl", 0.1),
+            ("anchor", 0.1),
             ("balance", 0.01),
             ("capacity_bce", entry["epoch"] <= 1),
         ):
@@ -429,6 +430,16 @@ def test_more_experts_than_the_teacher_has_are_cut_with_one_warning(tmp_path, ca
     trainer.train()
     assert set(logged(trainer, "distill/top_k")) == {4}
     assert sum("top_k is cut to 4" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize(("top_k", "used"), [((None, None), {2}), ((1, None), {1, 2}), ((None, 4), {2, 3, 4})])
+def test_as_many_experts_are_used_as_the_gate_chooses_unless_told(tmp_path, caplog, top_k, used):
+    initial, final = top_k
+    trainer = tiny_trainer(tmp_path, initial_top_k=initial, final_top_k=final, max_steps=6)
+    assert trainer.values.top_k == min(used)
+    trainer.train()
+    assert set(logged(trainer, "distill/top_k")) == used
+    assert not [record for record in caplog.records if "gate chooses" in record.getMessage()]
 
 
 @pytest.mark.parametrize(("final_top_k", "lines"), [(1, 1), (2, 0)])

@@ -9,7 +9,7 @@ ablation (ablation.py beside this file).
 
 import sys
 
-from ablation import BEST, run
+from ablation import run
 
 STEPS = 480
 ALL = "all layers, every 4th step"
@@ -26,5 +26,5 @@ VARIANTS = {name: settings | {"max_steps": STEPS} for name, settings in SETTINGS
 }
 
 if __name__ == "__main__":
-    changes = BEST | {"variants": VARIANTS, "reference": ALL, "output_dir": "outputs/bench_frontier"}
+    changes = {"variants": VARIANTS, "reference": ALL, "output_dir": "outputs/bench_frontier"}
     sys.exit(run(__doc__, changes))

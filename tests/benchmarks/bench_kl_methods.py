@@ -10,7 +10,7 @@ spans touches 0.06 % of its anchors: it cannot show here.
 
 import sys
 
-from ablation import BEST, run
+from ablation import run
 
 TEXT_ALONE = "text alone"
 VARIANTS = {
@@ -27,5 +27,5 @@ VARIANTS = {
 }
 
 if __name__ == "__main__":
-    changes = BEST | {"variants": VARIANTS, "reference": TEXT_ALONE, "output_dir": "outputs/bench_kl_methods"}
+    changes = {"variants": VARIANTS, "reference": TEXT_ALONE, "output_dir": "outputs/bench_kl_methods"}
     sys.exit(run(__doc__, changes))

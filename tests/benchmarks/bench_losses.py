@@ -9,7 +9,7 @@ variant says otherwise.
 
 import sys
 
-from ablation import BEST, run
+from ablation import run
 
 KL_AND_LM = "KL and LM"
 WEIGHTS = {"feature_weight": 0.1, "attention_weight": 0.1, "layerwise_weight": 0.05, "contrastive_weight": 0.05}
@@ -27,5 +27,5 @@ VARIANTS = {
 }
 
 if __name__ == "__main__":
-    changes = BEST | {"variants": VARIANTS, "reference": KL_AND_LM, "output_dir": "outputs/bench_losses"}
+    changes = {"variants": VARIANTS, "reference": KL_AND_LM, "output_dir": "outputs/bench_losses"}
     sys.exit(run(__doc__, changes))

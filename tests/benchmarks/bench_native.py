@@ -10,20 +10,17 @@ should harm neither the teacher nor the student.
 import sys
 from pathlib import Path
 
-from ablation import BEST, run
+from ablation import run
 
 TEACHER = Path("outputs/native_teacher")
 OWN = "teacher's own gate"
-LAST = {"router_layers": "last", "router_interval": 1}
 GATES_K = {"initial_top_k": 2, "final_top_k": 2}
-NEAR = {"router_anchor_weight": 1.0}
+LAST = {"router_layers": "last"}
 VARIANTS = {
     OWN: {"use_router": False},
-    "last layer": LAST,
-    "last layer, k 2, anchor 1": LAST | GATES_K | NEAR,
-    "all layers, every 4th step": {},
-    "all layers, every 4th step, k 2": GATES_K,
-    "all layers, every 4th step, anchor 1": NEAR,
+    "last layer": LAST | GATES_K,
+    "last layer, k 1 to 3": LAST,
+    "all layers": GATES_K,
 }
 
 
@@ -32,7 +29,7 @@ def main() -> int:
         print(f"error: {TEACHER} has no model. Run python tests/benchmarks/native_teacher.py first.", file=sys.stderr)
         return 2
     changes = {"variants": VARIANTS, "reference": OWN, "output_dir": "outputs/bench_native"}
-    return run(__doc__, BEST | {"teacher_model_name_or_path": str(TEACHER)} | changes)
+    return run(__doc__, {"teacher_model_name_or_path": str(TEACHER)} | changes)
 
 
 if __name__ == "__main__":

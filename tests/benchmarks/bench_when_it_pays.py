@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from ablation import BEST, run
+from ablation import run
 from saving import CONFIG, save_whole
 from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging
@@ -56,7 +56,7 @@ def main() -> int:
     for case, settings in CASES.items():
         print(f"\n{case}", flush=True)
         folder = FOLDER / case.replace(", ", "-").replace(" ", "_")
-        changes = BEST | settings | {"variants": VARIANTS, "reference": SCHEDULE, "output_dir": str(folder)}
+        changes = settings | {"variants": VARIANTS, "reference": SCHEDULE, "output_dir": str(folder)}
         if code := run(__doc__, changes):
             return code
     return 0
