@@ -90,7 +90,7 @@ def test_the_recommended_config_differs_from_the_default_only_where_it_says_so()
         yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("default", "recommended")
     )
     different = {key for key in recommended if recommended[key] != default.get(key)}
-    assert different == {"temperature", "router_layers", "run_baseline", "output_dir"}
+    assert different == {"temperature", "router_layers", "initial_top_k", "final_top_k", "run_baseline", "output_dir"}
     assert default.keys() <= recommended.keys()
     assert recommended["temperature"] == recommended["final_temperature"] == 1.0
 
