@@ -126,9 +126,9 @@ class DistillationModel(nn.Module):
         Returns:
             `logit_loss`: the weighted sum of KL, LM and the router's share of the logits, whose gradients are formed
             together. `losses`: all by name and unweighted, `kl` and `lm` detached. `router`: the parts of the router's
-            objective, empty without one, `ce` and `student_kl` detached. `metrics`: detached. Everything is a share of
-            a mean over the whole accumulated batch. `sizes`: of the losses, by `value_sizes` or `gradient_sizes`;
-            none of `lm` alone.
+            objective and `anchor_kl`, of which `ce`, `student_kl` and `anchor_kl` are detached; empty without one.
+            `metrics`: detached. Everything is a share of a mean over the whole accumulated batch. `sizes`: of the
+            losses, by `value_sizes` or `gradient_sizes`; none of `lm` alone.
         """
         losses = frozenset(name for name, weight in (weights or {}).items() if weight > 0)
         tapped = {} if teacher_output is None else self.tapped_layers(weights, side=0)

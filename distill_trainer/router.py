@@ -203,9 +203,9 @@ def routing_losses(
         num_items_in_batch: See `token_mean`.
 
     Returns:
-        `anchor_kl` (nats to the gate), `anchor` (see `anchor_cost`), `balance` (1 at equal load; Fedus et al. 2021,
-        https://huggingface.co/papers/2101.03961, equations 4 to 6, with the router's weights as the load) and
-        `capacity_bce` (nats).
+        `anchor_kl` (nats to the gate, detached), `anchor` (what it costs, see `anchor_cost`), `balance` (1 at equal
+        load; Fedus et al. 2021, https://huggingface.co/papers/2101.03961, equations 4 to 6, with the router's weights
+        as the load) and `capacity_bce` (nats). `anchor` and `balance` depend on who shares the micro-batch.
     """
     # A gate above another re-routed layer depends on that layer's router, whose business these parts are not.
     gate_logits = gate_logits.detach().float()
@@ -215,13 +215,13 @@ def routing_losses(
     num_experts = router_logprobs.shape[-1]
     load = torch.zeros_like(router_logprobs).scatter(-1, output.selected_experts, output.routing_weights.detach())
     balance = num_experts * (load.mean(dim=0) * router_logprobs.exp().mean(dim=0)).sum()
-    # Functions of means over this micro-batch are scaled by the micro-batch's share of all anchors.
+    # What is a function of means over the micro-batch counts by its share of all anchors.
     share = 1.0 if num_items_in_batch is None else len(router_logprobs) / num_items_in_batch
     capacity_bce = F.binary_cross_entropy_with_logits(
         output.capacity_logits, true_token_probability.detach().float(), reduction="none"
     )
     return {
-        "anchor_kl": token_mean(anchor_kl, num_items_in_batch),
+        "anchor_kl": token_mean(anchor_kl.detach(), num_items_in_batch),
         "anchor": anchor_cost(anchor_kl.mean()) * share if len(router_logprobs) else anchor_kl.sum(),
         "balance": balance * share if len(router_logprobs) else anchor_kl.sum(),
         "capacity_bce": token_mean(capacity_bce, num_items_in_batch),

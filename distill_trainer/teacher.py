@@ -92,6 +92,9 @@ class Teacher:
         router_layers: Which layers `reroute` changes, see `RoutedLayers.plan`.
         checkpointing: Keep no activations of layers that run again, see `replay`.
 
+    Attributes:
+        gate_top_k: Experts per token that the gate of the highest re-routed layer chooses, once `verify` has looked.
+
     Raises:
         UnsupportedModelError: If it is a mixture that cannot be re-routed, or its logits overflow.
         ConfigurationError: If `router_layers` does not fit its layers.
@@ -228,8 +231,6 @@ class Teacher:
     @torch.no_grad()
     def verify(self) -> None:
         """Check on a few tokens that the head, the norm and the re-routing reproduce the model itself.
-
-        Sets `gate_top_k`, the experts that the gate of the highest re-routed layer chooses per token.
 
         Raises:
             UnsupportedModelError: If they do not, or if the logits are not finite in the teacher's dtype.

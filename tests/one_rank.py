@@ -15,6 +15,7 @@ ADDITIVE = {
     "gap_weighting": False,
     "contrastive_weight": 0.0,
     "router_balance_weight": 0.0,
+    "router_anchor_weight": 0.0,
     "train_sampling_strategy": "sequential",
     # The step is the gradient times the learning rate.
     "optim": "sgd",

@@ -39,7 +39,7 @@ def message(argv: list[str]) -> str:
     return str(error.value)
 
 
-def test_defaults_are_the_reference_ones():
+def test_defaults_are_the_reference_pair_and_its_values():
     model, text, training = parse_arguments([])
     assert model.teacher_model_name_or_path == "huihui-ai/Huihui-MoE-1B-A0.6B"
     assert model.student_model_name_or_path == "HuggingFaceTB/SmolLM-135M"

@@ -34,7 +34,7 @@ from distill_trainer.schedules import LOGIT_LOSSES, LOSS_NAMES
 from distill_trainer.teacher import Teacher
 
 # Terms whose value depends on who shares the micro-batch.
-BATCH_LEVEL = {"contrastive", "balance"}
+BATCH_LEVEL = {"contrastive", "balance", "anchor"}
 
 
 def objective(result):

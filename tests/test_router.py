@@ -112,7 +112,7 @@ def train(module, permutation, steps=5):
         loss = (target.gather(-1, output.selected_experts) * output.routing_weights).sum()
         parts = routing_losses(output, values["gate_logits"], torch.full((ANCHORS,), 0.3))
         optimizer.zero_grad()
-        (loss + parts["anchor_kl"] + parts["balance"] + parts["capacity_bce"]).backward()
+        (loss + parts["anchor"] + parts["balance"] + parts["capacity_bce"]).backward()
         optimizer.step()
     return module(**values)
 
@@ -168,7 +168,7 @@ def test_the_routing_does_not_bend_the_capacity():
     module = awake()
     output = module(**inputs())
     parts = routing_losses(output, inputs()["gate_logits"], torch.full((ANCHORS,), 0.3))
-    (output.routing_weights.square().sum() + parts["anchor_kl"] + parts["balance"]).backward()
+    (output.routing_weights.square().sum() + parts["anchor"] + parts["balance"]).backward()
     assert all(p.grad is None for n, p in module.named_parameters() if n.startswith("capacity"))
     assert module.query.weight.grad.ne(0).any()
 

@@ -14,7 +14,7 @@ from ablation import run
 STEPS = 480
 ALL = "all layers, every 4th step"
 TEXT = {"kl_weight": 0.0, "lm_weight": 1.0}
-OWN, LAST = {"use_router": False}, {"router_layers": "last"}
+OWN, LAST = {"use_router": False}, {"router_layers": "last", "final_top_k": 1}
 # Time of a step relative to the own gate's, as the ablation measures it with two runs at a time.
 TIME = {"text alone": 0.4, "own gate": 1.0, "last layer": 1.2, ALL: 1.4}
 SETTINGS = {"text alone": TEXT, "own gate": OWN, "last layer": LAST, ALL: {}}

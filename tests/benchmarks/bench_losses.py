@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_losses.py [--field value ...]
 
-Pair, documents, batches, steps and flags are those of the ablation (ablation.py beside this file), the router is that
-of its best row. Each loss has its weight of configs/reference_losses.yaml, and trains from the start unless the
+Pair, documents, batches, steps and flags are those of the ablation (ablation.py beside this file), the router is its
+full one. Each loss has its weight of configs/reference_losses.yaml, and trains from the start unless the
 variant says otherwise.
 """
 
