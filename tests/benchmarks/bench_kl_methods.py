@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_kl_methods.py [--field value ...]
 
 Pair, documents, batches, steps and flags are those of the ablation (ablation.py beside this file): KL and LM with the
-router of its best row, so that nothing else blurs the comparison. All methods have the weight 0.7 and the temperature
+full router of it, so that nothing else blurs the comparison. All methods have the weight 0.7 and the temperature
 1, which were chosen for the first of them. The demo's student has the smaller vocabulary, so that the correction of
 spans touches 0.06 % of its anchors: it cannot show here.
 """

@@ -5,7 +5,7 @@
 Three cases of the demo's student: the demo's teacher with much text that is read once; a teacher that knows little
 more than the student, with the same; and that teacher with little text that is read many times. The schedule should
 be never worse than the better of the others by more than noise. The weak teacher is made at the first run. Settings
-and flags are those of the ablation (ablation.py beside this file), the router is that of its best row.
+and flags are those of the ablation (ablation.py beside this file), the router is its full one.
 """
 
 import sys
